@@ -1,0 +1,232 @@
+"""Every key of the configuration: type, default, meaning, allowed values.
+
+`docs/reference/config.md` is generated from this file. A key that is not here does not exist.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def knob(default: Any, help: str, *, choices: tuple = (), minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field with its documentation and the values it may take."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class CorpusConfig:
+    """Where documents come from."""
+
+    name: str = knob("shapes", "Name of the corpus; its folder under data_dir.")
+    kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs"))
+    path: str | None = knob(None, "pairs: folder of images with .txt beside them, or a captions .jsonl or .csv file. stamps: an already extracted folder.")
+    image_size: int = knob(64, "Side of the square pictures, in pixels.", minimum=8)
+    languages: list[str] = knob(["en"], "stamps: caption languages; each gives one document per picture.")
+    num_documents: int = knob(20000, "shapes: training documents.", minimum=1)
+    num_validation: int = knob(500, "shapes: held-out documents.", minimum=1)
+    validation_fraction: float = knob(0.06, "stamps, pairs: share of pictures held out, by hash of the picture.", minimum=0.0, maximum=0.9)
+    max_documents: int = knob(0, "stamps, pairs: stop after so many documents (0: all).", minimum=0)
+    max_pixels: int = knob(50_000_000, "A picture with more pixels is skipped and counted.", minimum=1)
+    max_bad_fraction: float = knob(0.2, "Stop when a larger share of the pictures is unreadable.", minimum=0.0, maximum=1.0)
+    seed: int = knob(0, "shapes: seed of the scenes.")
+
+
+@dataclass
+class TextTokenizerConfig:
+    """Byte-level BPE."""
+
+    path: str | None = knob(None, "Use this tokenizer.json instead of training one.")
+    vocab_size: int = knob(1024, "Entries to train, the 256 bytes included.", minimum=257)
+    max_documents: int = knob(100_000, "Documents to train on.", minimum=1)
+
+
+@dataclass
+class ImageTokenizerConfig:
+    """Convolutional autoencoder with a quantizer: one picture becomes (image_size / downsample)^2 codes."""
+
+    path: str | None = knob(None, "Use this trained tokenizer folder instead of training one.")
+    quantizer: str = knob("fsq", "Quantizer.", choices=("fsq", "vq", "lfq"))
+    levels: list[int] = knob([8, 5, 5, 5], "fsq: levels per channel; their product is the number of codes.")
+    codebook_size: int = knob(1024, "vq, lfq: number of codes (lfq: a power of two).", minimum=2)
+    downsample: int = knob(8, "Pixels per code along one side, a power of two.", choices=(2, 4, 8, 16, 32))
+    width: int = knob(32, "Channels of the first convolution; doubled at each halving up to 4x.", minimum=4)
+    latent_dim: int = knob(16, "Channels in front of the quantizer (vq, lfq).", minimum=1)
+    steps: int = knob(1500, "Training steps.", minimum=1)
+    batch_size: int = knob(32, "Pictures per step.", minimum=1)
+    lr: float = knob(1e-3, "Peak learning rate (one cycle).", minimum=0.0)
+    max_images: int = knob(50_000, "Pictures to train on.", minimum=1)
+    seed: int = knob(0, "Seed of initialization and order.")
+
+
+@dataclass
+class RetrievalConfig:
+    """Retrieved documents in front of the query document (CM3leon sec. 2.1)."""
+
+    enabled: bool = knob(True, "Retrieve neighbours and place them before the query document.")
+    encoder: str = knob("hashed", "Encoder of documents for the search.", choices=("hashed",))
+    dimension: int = knob(256, "Size of a document vector.", minimum=8)
+    num_candidates: int = knob(8, "Neighbours stored per document.", minimum=1)
+    num_documents: int = knob(2, "Largest number of retrieved documents in a sequence.", minimum=0)
+    policy: str = knob("uniform", "Number of retrieved documents: fixed = num_documents (CM3leon), uniform = 0..num_documents (RA-CM3).", choices=("fixed", "uniform"))
+    dropout: float = knob(0.0, "Probability of a sequence with no retrieved document.", minimum=0.0, maximum=1.0)
+    max_score: float = knob(0.9, "A neighbour with a higher cosine similarity is a near-duplicate and is left out.", minimum=-1.0, maximum=1.0)
+    query_dropout: float = knob(0.2, "Share of the query's words dropped before the search.", minimum=0.0, maximum=0.9)
+
+
+@dataclass
+class ObjectiveConfig:
+    """From a document to a training sequence."""
+
+    kind: str = knob("cm3", "cm3 = causal masking with infilling, causal = plain next token.", choices=("cm3", "causal"))
+    order: str = knob("text_first", "Order of a caption-image pair.", choices=("text_first", "image_first", "random"))
+    masks: str = knob("poisson", "Number of masks per sequence: poisson(num_masks), fixed num_masks, none.", choices=("poisson", "fixed", "none"))
+    num_masks: float = knob(1.0, "Mean (poisson) or number (fixed) of masks.", minimum=0.0)
+    min_masks: int = knob(0, "Fewest masks (public code: 0; CM3 paper: 1).", minimum=0)
+    num_sentinels: int = knob(16, "Sentinel tokens in the vocabulary = most masks per sequence.", minimum=1)
+    whole_segment_probability: float = knob(0.5, "A masked sequence masks whole segments (a caption, an image) instead of spans with this probability.", minimum=0.0, maximum=1.0)
+    span_policy: str = knob("clip", "clip = a span over the whole sequence clipped to the segment it overlaps most (public code); segment = a segment first, then a span in it.", choices=("clip", "segment"))
+    sentinel_loss_weight: float = knob(1.0, "Loss weight of predicting a sentinel (CM3 paper: 0, public code: 1).", minimum=0.0)
+    retrieved_loss_weight: float = knob(1.0, "Loss weight of retrieved documents (RA-CM3: 0.1, CM3leon: 1).", minimum=0.0)
+    image_loss_weight: float = knob(1.0, "Loss weight of image tokens (Emu3: 0.5).", minimum=0.0)
+
+
+@dataclass
+class StreamConfig:
+    """Order, packing and batches; all of it a pure function of seed and step."""
+
+    sequence_length: int = knob(512, "Tokens per sequence.", minimum=16)
+    global_batch: int = knob(16, "Sequences per optimizer step, over all ranks.", minimum=1)
+    lanes: int = knob(16, "Logical lanes; fixed for the life of a run.", minimum=1)
+    lookahead: int = knob(16, "Documents a lane may look ahead for the best fit.", minimum=1)
+    prefetch: int = knob(4, "Batches prepared ahead in a background thread.", minimum=0)
+
+
+@dataclass
+class ModelConfig:
+    """Decoder-only transformer; defaults are CM3leon's (sec. 2.3)."""
+
+    family: str = knob("cm3leon", "Model family.", choices=("cm3leon",))
+    layers: int = knob(8, "Transformer blocks.", minimum=1)
+    width: int = knob(256, "Model width.", minimum=8)
+    heads: int = knob(4, "Attention heads.", minimum=1)
+    ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width).", minimum=0)
+    activation: str = knob("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu"))
+    max_positions: int = knob(0, "Learned positions (0: stream.sequence_length).", minimum=0)
+    tie_embeddings: bool = knob(True, "Use the token embedding as the output head.")
+    norm_eps: float = knob(1e-5, "Epsilon of the norms.")
+    init_std: float = knob(0.006, "Standard deviation of the truncated-normal initialization (cut at 3 sigma).", minimum=0.0)
+    position_init_std: float = knob(0.0002, "The same for positions.", minimum=0.0)
+    zero_init_outputs: bool = knob(True, "Residual outputs (attention projection, second feed-forward layer) start at zero.")
+    activation_checkpointing: bool = knob(False, "Recompute each block in the backward pass.")
+    loss_chunk: int = knob(4096, "Tokens per chunk of the output head; logits of only one chunk exist at a time.", minimum=1)
+    z_loss: float = knob(0.0, "Weight of log^2 Z (Chameleon: 1e-5).", minimum=0.0)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = knob(1e-3, "Peak learning rate.", minimum=0.0)
+    beta1: float = knob(0.9, "AdamW beta 1.", minimum=0.0, maximum=1.0)
+    beta2: float = knob(0.95, "AdamW beta 2.", minimum=0.0, maximum=1.0)
+    eps: float = knob(1e-8, "AdamW epsilon.")
+    weight_decay: float = knob(0.1, "Decoupled weight decay of matrices; vectors have none.", minimum=0.0)
+    clip: float = knob(1.0, "Global gradient norm limit (0: none).", minimum=0.0)
+    warmup_steps: int = knob(100, "Steps of linear warm-up.", minimum=0)
+    decay: str = knob("linear", "Shape of the decay after the warm-up.", choices=("linear", "cosine", "constant"))
+    final_fraction: float = knob(0.1, "Learning rate at the last step as a share of the peak.", minimum=0.0, maximum=1.0)
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed or DDP, and how processes are started."""
+
+    kind: str = knob("deepspeed", "Engine.", choices=("deepspeed", "ddp"))
+    stage: int = knob(1, "ZeRO stage (deepspeed).", choices=(0, 1, 2, 3))
+    dtype: str = knob("bf16", "Parameters and activations; optimizer states and masters are float32.", choices=("bf16", "fp32"))
+    micro_batch: int = knob(0, "Sequences per rank and forward pass (0: the whole share of the rank).", minimum=0)
+    ranks: int = knob(0, "Processes on this machine (0: one per GPU; without GPUs 2, or 1 on one core).", minimum=0)
+    hostfile: str | None = knob(None, "DeepSpeed hostfile: train on these hosts over ssh.")
+    master_port: int = knob(0, "Rendezvous port (0: a free one; several hosts: 29500).", minimum=0)
+
+
+@dataclass
+class TrainConfig:
+    """Length, evaluation and checkpoints of a run."""
+
+    steps: int = knob(1000, "Optimizer steps.", minimum=1)
+    evaluate_every: int = knob(200, "Steps between validation losses (0: only at the end).", minimum=0)
+    evaluate_batches: int = knob(4, "Global batches per validation.", minimum=1)
+    checkpoint_every: int = knob(200, "Steps between checkpoints (one more is written at the end).", minimum=1)
+    keep_checkpoints: int = knob(2, "Newest checkpoints to keep.", minimum=1)
+
+
+@dataclass
+class TrackConfig:
+    """Metrics and W&B."""
+
+    log_every: int = knob(10, "Steps between rows of metrics.jsonl and console lines.", minimum=1)
+    wandb: str = knob("auto", "auto = online when a key is set, else offline.", choices=("auto", "online", "offline", "disabled"))
+    project: str = knob("mmtrain", "W&B project.")
+    entity: str | None = knob(None, "W&B entity.")
+    tags: list[str] = knob([], "W&B tags.")
+
+
+@dataclass
+class GenerateConfig:
+    """Sampling from a checkpoint."""
+
+    task: str = knob("image", "image = text to image, caption = image to text.", choices=("image", "caption"))
+    prompts: list[str] = knob([], "Captions (task=image) or picture files (task=caption).")
+    num_samples: int = knob(4, "Samples per prompt.", minimum=1)
+    temperature: float = knob(1.0, "Softmax temperature (0: greedy).", minimum=0.0)
+    top_p: float = knob(0.95, "Nucleus sampling.", minimum=0.0, maximum=1.0)
+    guidance: float = knob(3.0, "Classifier-free guidance weight (1: none).", minimum=0.0)
+    retrieve: bool = knob(True, "Place retrieved documents before the prompt, when the run has a memory.")
+    max_text_tokens: int = knob(64, "Longest caption.", minimum=1)
+    batch_size: int = knob(64, "Sequences sampled together.", minimum=1)
+    seed: int = knob(0, "Seed; each sample has its own stream.")
+    checkpoint: str = knob("latest", "latest, or the name of a folder under checkpoints/.")
+    out: str | None = knob(None, "Folder for pictures (default: RUN/samples/NAME).")
+
+
+@dataclass
+class TaskConfig:
+    """What `mmtrain evaluate` measures."""
+
+    name: str = knob("shapes", "Task.", choices=("shapes", "loss"))
+    num_prompts: int = knob(500, "Held-out captions to draw.", minimum=1)
+    num_captions: int = knob(500, "Held-out pictures to caption.", minimum=0)
+    temperature: float = knob(1.0, "Temperature of the pictures.", minimum=0.0)
+    top_p: float = knob(0.9, "Nucleus of the pictures.", minimum=0.0, maximum=1.0)
+    guidance: float = knob(3.0, "Guidance of the pictures.", minimum=0.0)
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = knob("run", "Name of the run; its folder is root/name.")
+    seed: int = knob(0, "Seed of everything that is drawn.")
+    root: str = knob("runs", "Folder of the run directories.")
+    data_dir: str = knob("data", "Folder of corpora, tokenizers, shards and neighbours.")
+    run: str | None = knob(None, "generate, evaluate, report: the run directory to use (default: the last one trained).")
+    notes: str = knob("", "Free text, kept with the run.")
+    corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
+    text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
+    image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
+    retrieval: RetrievalConfig = knob(RetrievalConfig, "Retrieval.")
+    objective: ObjectiveConfig = knob(ObjectiveConfig, "Objective.")
+    stream: StreamConfig = knob(StreamConfig, "Stream.")
+    model: ModelConfig = knob(ModelConfig, "Model.")
+    optim: OptimConfig = knob(OptimConfig, "Optimizer.")
+    engine: EngineConfig = knob(EngineConfig, "Engine.")
+    train: TrainConfig = knob(TrainConfig, "Training.")
+    track: TrackConfig = knob(TrackConfig, "Tracking.")
+    generate: GenerateConfig = knob(GenerateConfig, "Generation.")
+    task: TaskConfig = knob(TaskConfig, "Evaluation task.")
