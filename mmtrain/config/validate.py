@@ -1,0 +1,113 @@
+"""Which values are allowed: the ranges of the schema, and combinations that cannot work."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from mmtrain.config.errors import UserError
+from mmtrain.config.schema import Config
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SHORTEST_CAPTION = 8
+"""Tokens that must fit beside one picture: <eos>, <break>, a mask and a few words."""
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Every leaf of a configuration: dotted key, value, dataclass field."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item
+
+
+def validate(config: Config) -> Config:
+    """Return `config`; raise UserError with one sentence for the first thing that cannot work."""
+    for key, value, item in walk(config):
+        _check_range(key, value, item)
+    for sentence in _conflicts(config):
+        raise UserError(sentence)
+    return config
+
+
+def _check_range(key: str, value: Any, item: Field) -> None:
+    meaning = f" ({item.metadata['help'].rstrip('.')})"
+    choices, minimum, maximum = (item.metadata[name] for name in ("choices", "minimum", "maximum"))
+    if choices and value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"{key}={value} is not one of {allowed}{meaning}")
+    # Written so that NaN, which compares false with everything, is refused too.
+    if minimum is not None and not value >= minimum:
+        raise UserError(f"{key}={value} is too small, it must be at least {minimum:g}{meaning}")
+    if maximum is not None and not value <= maximum:
+        raise UserError(f"{key}={value} is too large, it must be at most {maximum:g}{meaning}")
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    """One sentence per combination of values that cannot work."""
+    yield from _name_conflicts(config)
+    yield from _picture_conflicts(config)
+    yield from _sequence_conflicts(config)
+    if config.optim.warmup_steps > config.train.steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps={config.train.steps}; "
+            "shorten the warm-up or train for longer"
+        )
+
+
+def _name_conflicts(config: Config) -> Iterator[str]:
+    for key, name in (("name", config.name), ("corpus.name", config.corpus.name)):
+        if not SAFE_NAME.fullmatch(name):
+            yield f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
+    if config.corpus.kind == "pairs" and not config.corpus.path:
+        yield (
+            "corpus.path is empty, and corpus=pairs needs it; set corpus.path=FOLDER (pictures with .txt beside them) "
+            "or corpus.path=captions.jsonl or corpus.path=captions.csv"
+        )
+
+
+def _picture_conflicts(config: Config) -> Iterator[str]:
+    pictures, size = config.image_tokenizer, config.corpus.image_size
+    if size % pictures.downsample:
+        yield (
+            f"corpus.image_size={size} is not a multiple of image_tokenizer.downsample={pictures.downsample}; "
+            f"{size // pictures.downsample * pictures.downsample or pictures.downsample} would be"
+        )
+    if pictures.quantizer == "lfq" and pictures.codebook_size & (pictures.codebook_size - 1):
+        yield (
+            f"image_tokenizer.codebook_size={pictures.codebook_size} is not a power of two, as quantizer=lfq needs; "
+            f"{1 << (pictures.codebook_size.bit_length() - 1)} would be"
+        )
+    if pictures.quantizer == "fsq" and (not pictures.levels or min(pictures.levels) < 2):
+        yield f"image_tokenizer.levels={pictures.levels} must be one or more numbers of at least 2, such as [8,5,5,5]"
+
+
+def _sequence_conflicts(config: Config) -> Iterator[str]:
+    model, length = config.model, config.stream.sequence_length
+    if model.width % model.heads:
+        yield f"model.width={model.width} is not a multiple of model.heads={model.heads}"
+    if model.max_positions and model.max_positions < length:
+        yield (
+            f"model.max_positions={model.max_positions} is shorter than stream.sequence_length={length}; "
+            "0 makes them equal"
+        )
+    tokens_per_image = (config.corpus.image_size // config.image_tokenizer.downsample) ** 2
+    if length < tokens_per_image + SHORTEST_CAPTION:
+        yield (
+            f"stream.sequence_length={length} cannot hold one picture ({tokens_per_image} tokens) and its caption; "
+            f"at least {tokens_per_image + SHORTEST_CAPTION} is needed, or a smaller corpus.image_size"
+        )
+    retrieval = config.retrieval
+    if retrieval.enabled and retrieval.num_documents > retrieval.num_candidates:
+        yield (
+            f"retrieval.num_documents={retrieval.num_documents} asks for more neighbours than "
+            f"retrieval.num_candidates={retrieval.num_candidates} stores"
+        )
+    objective = config.objective
+    if objective.min_masks > objective.num_sentinels:
+        yield (
+            f"objective.min_masks={objective.min_masks} needs as many sentinels, but "
+            f"objective.num_sentinels={objective.num_sentinels}"
+        )

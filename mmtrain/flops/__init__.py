@@ -1,0 +1,46 @@
+"""Compute: configurations and token counts in; FLOPs, ledgers and comparisons with published models out.
+
+One multiply-add is 2 FLOPs everywhere. Counts are Python integers and exact; rates are floats. Must never
+guess: an unknown device has no peak, a value known only from memory stays out of figures and tables.
+"""
+
+from mmtrain.flops.compare import ComputeRow, OwnRun, comparison_figure, compute_table
+from mmtrain.flops.count import (
+    TOKEN_KINDS,
+    StepFlops,
+    document_lengths,
+    flops_from_sums,
+    forward_flops,
+    forward_flops_per_token,
+    matmul_parameters,
+    split_by_kind,
+    step_flops,
+)
+from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, peak_flops
+from mmtrain.flops.ledger import BOOKS, Ledger
+from mmtrain.flops.registry import Baseline, Quantity, load_registry
+
+__all__ = [
+    "BOOKS",
+    "TOKEN_KINDS",
+    "Baseline",
+    "ComputeRow",
+    "Device",
+    "Ledger",
+    "OwnRun",
+    "Quantity",
+    "StepFlops",
+    "comparison_figure",
+    "compute_table",
+    "document_lengths",
+    "find_device",
+    "flops_from_sums",
+    "forward_flops",
+    "forward_flops_per_token",
+    "load_registry",
+    "matmul_parameters",
+    "measured_matmul_rate",
+    "peak_flops",
+    "split_by_kind",
+    "step_flops",
+]

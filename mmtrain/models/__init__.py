@@ -1,0 +1,11 @@
+"""Decoder families: a batch of token ids goes in, losses by modality (training) or logits (sampling) come out.
+
+Models know nothing of files, processes or optimizers. A new family is one file and one line in `FAMILIES`.
+"""
+
+from mmtrain.models.attention import KVCache, document_mask
+from mmtrain.models.cm3leon import Cm3leon
+from mmtrain.models.loss import LossSums
+from mmtrain.models.registry import FAMILIES, build_model, count_parameters
+
+__all__ = ["FAMILIES", "Cm3leon", "KVCache", "LossSums", "build_model", "count_parameters", "document_mask"]

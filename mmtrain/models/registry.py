@@ -1,0 +1,19 @@
+"""Model families by name."""
+
+import torch
+
+from mmtrain.config import ModelConfig
+from mmtrain.models.cm3leon import Cm3leon
+
+FAMILIES = {"cm3leon": Cm3leon}
+
+
+def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, device: str = "cpu") -> Cm3leon:
+    """An uninitialized model on `device` ("meta" allocates nothing); call `initialize(seed)` before training."""
+    with torch.device(device):
+        return FAMILIES[config.family](config, vocabulary_size, max_positions)
+
+
+def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:
+    """Parameters of the model, a tied head counted once; nothing is allocated."""
+    return sum(p.numel() for p in build_model(config, vocabulary_size, max_positions, "meta").parameters())

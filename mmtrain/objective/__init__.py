@@ -1,0 +1,28 @@
+"""From a document to a training sequence.
+
+In: token ids of a query document and of its retrieved documents, the vocabulary, a keyed generator.
+Out: a `TrainingSequence` (ids, loss weights), or the prompt that generation starts from.
+It must never draw from a global generator, lose or double a token, or read a file: the same key gives
+the same sequence in every process.
+"""
+
+from mmtrain.objective.assemble import arrange, assemble
+from mmtrain.objective.causal import causal
+from mmtrain.objective.cm3 import cm3, rotate, unrotate
+from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
+from mmtrain.objective.sequence import TrainingSequence
+from mmtrain.objective.training import training_sequence
+
+__all__ = [
+    "TrainingSequence",
+    "arrange",
+    "assemble",
+    "caption_prompt",
+    "causal",
+    "cm3",
+    "rotate",
+    "text_to_image_prompt",
+    "training_sequence",
+    "unconditional_image_prompt",
+    "unrotate",
+]

@@ -1,0 +1,13 @@
+"""Documents and token documents on disk: indexed webdataset tars with a manifest.
+
+In: an iterable of `Document` or `TokenDocument`. Out: a folder that is complete or refused, and readers that give
+any document by its index. It must never end early in silence, unpickle anything, or let a name in an archive
+reach the file system.
+"""
+
+from mmtrain.shards.manifest import Manifest, ShardInfo
+from mmtrain.shards.reader import DocumentShards, TokenShards
+from mmtrain.shards.verify import verify
+from mmtrain.shards.writer import write_documents, write_tokens
+
+__all__ = ["DocumentShards", "Manifest", "ShardInfo", "TokenShards", "verify", "write_documents", "write_tokens"]

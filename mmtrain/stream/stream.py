@@ -1,0 +1,144 @@
+"""The stream: `batch(step)` as a pure function of seed and step.
+
+Row j of step s is the global sequence q = s * G + j of the run (G rows per step). It comes from lane q mod L, as
+that lane's row number q // L. Lanes know nothing of ranks, so any number of processes sees the same rows.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
+from mmtrain.stream.batch import Batch, BatchCounts, collate
+from mmtrain.stream.lanes import Lane
+from mmtrain.stream.source import Recipe, Source
+from mmtrain.tokens import Vocabulary
+
+STATE_FORMAT = 1
+
+
+class Stream:
+    """Batches of a mixture of sources. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        vocabulary: Vocabulary,
+        config: StreamConfig,
+        objective: ObjectiveConfig,
+        retrieval: RetrievalConfig | None,
+        seed: int,
+    ) -> None:
+        self._sources = {source.name: source for source in sources}
+        if not sources or len(self._sources) < len(sources):
+            raise UserError(f"a stream needs sources of different names, not {[source.name for source in sources]}")
+        for source in sources:
+            if source.tokens.vocabulary != vocabulary:
+                raise UserError(f"source {source.name} was tokenized with another vocabulary; tokenize it again")
+        if objective.kind == "cm3" and objective.num_sentinels > vocabulary.num_sentinels:
+            raise UserError(
+                f"objective.num_sentinels={objective.num_sentinels}, but the vocabulary has "
+                f"{vocabulary.num_sentinels} sentinels; set it to at most that"
+            )
+        self.vocabulary, self.config, self._seed = vocabulary, config, seed
+        self.counts: BatchCounts | None = None
+        """What the last batch from `batch` holds."""
+        self._last_step = -1
+        recipe = Recipe(objective, retrieval, config.sequence_length, seed)
+        # A checkpoint asks for the state a few steps behind the prefetched ones.
+        history = (config.prefetch + 3) * -(-config.global_batch // config.lanes) + 2
+        self._lanes = [
+            Lane(index, config.lanes, self._sources, recipe, config.lookahead, history) for index in range(config.lanes)
+        ]
+        self._lock = threading.RLock()
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rows rank, rank + world, ... of the global batch of `step`; `counts` then says what they hold."""
+        batch, self.counts = self.prepare(step, rank, world)
+        return batch
+
+    def prepare(self, step: int, rank: int = 0, world: int = 1) -> tuple[Batch, BatchCounts]:
+        """As `batch`, with the counts returned beside it (for other threads).
+
+        Ascending steps cost the least; any other step is replayed from the nearest state known.
+        """
+        rows_per_step = self.config.global_batch
+        if not 0 <= rank < world <= rows_per_step:
+            raise UserError(
+                f"stream.global_batch={rows_per_step} rows cannot be shared by {world} processes (rank {rank}); "
+                "set a global batch of at least one row per process"
+            )
+        with self._lock:
+            rows = []
+            for j in range(rank, rows_per_step, world):
+                number, lane = divmod(step * rows_per_step + j, self.config.lanes)
+                rows.append(self._lanes[lane].row(number))
+            self._last_step = step
+        return collate(rows, self.config.sequence_length, self.vocabulary)
+
+    def state(self, step: int | None = None, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """The stream after `step` (default: after the last batch produced), JSON-able, the same for any world size.
+
+        With `world` > 1 it holds only the lanes whose number is `rank` modulo `world`, to be put together with
+        `merge_states`; where world divides both global_batch and lanes these are the lanes that the rank reads
+        anyway. With the defaults all lanes advance to the step, which replays those that other ranks read.
+        """
+        with self._lock:
+            step = self._last_step if step is None else step
+            end = (step + 1) * self.config.global_batch
+            num_lanes = self.config.lanes
+            lanes = {}
+            for index in range(rank, num_lanes, world):
+                rows = max(0, -(-(end - index) // num_lanes))
+                lanes[str(index)] = self._lanes[index].state(rows).plain()
+        sources = {n: {"documents": len(s.tokens), "weight": s.weight} for n, s in self._sources.items()}
+        return {**self._identity(), "step": step, "sources": sources, "lane_states": lanes}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of any world size: the next batch is `batch(state["step"] + 1)`.
+
+        New sources and other weights are legal. Raises UserError where the state belongs to another stream.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint's stream has {name} {state.get(name)}, this run {value}; "
+                    "restore the old value or start a new run"
+                )
+        saved, lanes = state["sources"], state["lane_states"]
+        for name, facts in saved.items():
+            if name not in self._sources:
+                raise UserError(f"the checkpoint's stream reads source {name}, which this run does not have; add it")
+            if facts["documents"] != len(self._sources[name].tokens):
+                raise UserError(
+                    f"source {name} had {facts['documents']} documents when the checkpoint was written and has "
+                    f"{len(self._sources[name].tokens)} now; add new documents as a source of their own"
+                )
+        missing = {str(i) for i in range(self.config.lanes)} - lanes.keys()
+        if missing:
+            raise UserError(f"the checkpoint's stream state lacks {len(missing)} lanes; it is a part of one rank only")
+        same_mixture = {n: f["weight"] for n, f in saved.items()} == {n: s.weight for n, s in self._sources.items()}
+        with self._lock:
+            for index, lane in enumerate(self._lanes):
+                lane.load(lanes[str(index)], keep_drawn=same_mixture)
+            self._last_step = int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a state to mean the same rows."""
+        c = self.config
+        return {
+            "format": STATE_FORMAT,
+            "seed": self._seed,
+            "lanes": c.lanes,
+            "global_batch": c.global_batch,
+            "sequence_length": c.sequence_length,
+            "vocabulary": self.vocabulary.fingerprint,
+        }
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the states of all ranks after the same step together into the state of the whole stream."""
+    if len({state["step"] for state in states}) != 1:
+        raise ValueError(f"states of different steps: {[state['step'] for state in states]}")
+    lanes = {index: lane for state in states for index, lane in state["lane_states"].items()}
+    return {**states[0], "lane_states": dict(sorted(lanes.items(), key=lambda entry: int(entry[0])))}

@@ -1,0 +1,24 @@
+"""Tracking: rows of numbers in; metrics.jsonl, console, W&B and the HTML report out.
+
+metrics.jsonl is the truth; everything else can be lost. Nothing here may stop or stall training, and no
+secret may reach a file, the console or a server.
+"""
+
+from mmtrain.track.console import Console, closing_box
+from mmtrain.track.metrics import MetricsWriter, read_metrics
+from mmtrain.track.report import ReportData, write_report
+from mmtrain.track.secrets import redact
+from mmtrain.track.tracker import Tracker
+from mmtrain.track.wandb_sink import WandbSink
+
+__all__ = [
+    "Console",
+    "MetricsWriter",
+    "ReportData",
+    "Tracker",
+    "WandbSink",
+    "closing_box",
+    "read_metrics",
+    "redact",
+    "write_report",
+]

@@ -1,0 +1,96 @@
+"""Loss curves as one picture."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TOTAL, TEXT, IMAGE, SPECIAL, SOFT = "#33383d", "#2f6f9f", "#c8772e", "#7a8a4f", "#656d76"
+SMOOTH_FROM = 60  # points; fewer are drawn as they are
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str, x_key: str) -> tuple[list[float], list[float]]:
+    """(x, y) of the rows that have both numbers."""
+    pairs = [(row[x_key], row[key]) for row in rows if row.get(x_key) is not None and row.get(key) is not None]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean over a centered window, narrower at the ends."""
+    half = window // 2
+    means = []
+    for index in range(len(values)):
+        around = values[max(0, index - half) : index + half + 1]
+        means.append(sum(around) / len(around))
+    return means
+
+
+def loss_curves(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """PNG with four panels: loss, loss by modality, gradient norm and learning rate, speed; None without losses.
+
+    rows: of `read_metrics`. Dots with a line are validation. The x axis is tokens where rows have them.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    x_key = "tokens" if any(row.get("tokens") is not None for row in rows) else "step"
+    if not series(rows, "loss", x_key)[0] and not series(rows, "val_loss", x_key)[0]:
+        return None
+
+    figure = Figure(figsize=(11, 6.4), dpi=150, facecolor="white", layout="constrained")
+    panels = figure.subplots(2, 2)
+
+    def curve(axes, key, color, label, style="-"):
+        x, y = series(rows, key, x_key)
+        if not x:
+            return
+        if len(x) >= SMOOTH_FROM:
+            axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
+            y = smoothed(y, max(3, len(y) // 40))
+        axes.plot(x, y, style, color=color, linewidth=1.7, label=label, marker="o" if len(x) == 1 else None)
+
+    def points(axes, key, color, label):
+        x, y = series(rows, key, x_key)
+        if x:
+            axes.plot(x, y, ":", color=color, linewidth=1.2, marker="o", markersize=4.5, label=label)
+
+    losses, modalities, optimizer, speed = panels.flat
+    curve(losses, "loss", TOTAL, "training")
+    points(losses, "val_loss", "#b3262e", "validation")
+    losses.set_title("Loss (nats per token)")
+    for name, color in (("text", TEXT), ("image", IMAGE)):
+        curve(modalities, f"loss_{name}", color, name)
+        points(modalities, f"val_loss_{name}", color, f"{name}, validation")
+    modalities.set_title("Loss by modality (nats per token)")
+    curve(optimizer, "grad_norm", SPECIAL, "gradient norm")
+    optimizer.set_title("Gradient norm, learning rate")
+    rate = optimizer.twinx()
+    curve(rate, "lr", SOFT, "learning rate", "--")
+    rate.spines[["top", "left"]].set_visible(False)
+    rate.tick_params(labelsize=8, colors=SOFT)
+    curve(speed, "tokens_per_second", TEXT, "tokens per second")
+    speed.set_title("Tokens per second")
+    speed.set_ylim(bottom=0)
+    for axes in panels.flat:
+        axes.grid(True, color="#e6e8ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top"]].set_visible(False)
+        axes.spines[["right"]].set_visible(axes is optimizer)
+        axes.tick_params(labelsize=8)
+        axes.title.set_fontsize(10.5)
+        axes.set_xlabel("tokens" if x_key == "tokens" else "step", fontsize=8.5, color=SOFT)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        lines = axes.get_legend_handles_labels()
+        if axes is optimizer:
+            lines = tuple(one + other for one, other in zip(lines, rate.get_legend_handles_labels(), strict=True))
+        if lines[0]:
+            axes.legend(*lines, frameon=False, fontsize=8.5)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

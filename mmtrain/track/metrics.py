@@ -1,0 +1,83 @@
+"""metrics.jsonl: one JSON object per line, only ever appended to; the truth about a run.
+
+A crash can leave a cut last line, and a resumed run logs some steps a second time. The writer never touches
+what is there; the reader sorts it out.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends rows to a file and flushes each. Raises OSError as the file system does."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
+        if self._file.tell() > 0:
+            with open(path, "rb") as reader:
+                reader.seek(-1, 2)
+                if reader.read(1) != b"\n":  # the dead segment was cut within a line
+                    self._file.write(b"\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and the time of writing (Unix seconds).
+
+        NaN and infinities, which JSON does not know, become null, and "non_finite" names them.
+        """
+        plain = plain_row(row)
+        plain.setdefault("time", round(time.time(), 3))
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; writing again is an error."""
+        self._file.close()
+
+
+def plain_row(row: Mapping[str, Any]) -> Row:
+    """`row` with scalars of numpy and torch as Python numbers, and non-finite ones as null with a note."""
+    plain: Row = {}
+    non_finite = {}
+    for key, value in row.items():
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            non_finite[key], value = str(value), None
+        plain[key] = value
+    if non_finite:
+        plain["non_finite"] = non_finite
+    return plain
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Rows by rising step, one per step, as the surviving training wrote them; [] when there is no file.
+
+    A step smaller than the one before it starts a new segment (the run was resumed from a checkpoint): rows of
+    the dead segment from that step on are dropped, whether or not they were logged again. Rows of one step are
+    merged, the later value winning. Lines that are no JSON object with a step (cut by a crash) are skipped.
+    """
+    if not path.exists():
+        return []
+    rows: dict[int, Row] = {}
+    last = -1
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                step = row["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if type(step) is not int:
+                continue
+            if step < last:
+                rows = {earlier: kept for earlier, kept in rows.items() if earlier < step}
+            rows[step] = {**rows.get(step, {}), **row}
+            last = step
+    return list(rows.values())

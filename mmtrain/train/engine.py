@@ -1,0 +1,295 @@
+"""DeepSpeed ZeRO and plain DDP behind one small interface.
+
+Every DeepSpeed setting that has changed its default, or has shipped a silent fault, is written explicitly.
+Parameters and AdamW moments leave and enter as full float32 tensors by name, so that a checkpoint does not
+know about stages or world sizes.
+"""
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmtrain.config import Config, EngineConfig, UserError
+from mmtrain.models import LossSums
+from mmtrain.train.distributed import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TensorDict = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """What the loop needs of a training backend."""
+
+    def forward(self, batch: dict[str, Tensor]) -> LossSums:
+        """Loss sums of a micro-batch."""
+        ...
+
+    def backward(self, total: Tensor, global_weight: Tensor) -> None:
+        """Accumulate the gradient of total / global_weight, summed over ranks and micro-batches."""
+        ...
+
+    def step(self, lr: float) -> Tensor | float | None:
+        """Reduce, clip, update; returns the gradient norm before clipping (None when unknown)."""
+        ...
+
+    def state(self) -> tuple[TensorDict, TensorDict]:
+        """Float32 parameters by name and moments by `exp_avg.NAME`; filled on rank 0, all ranks must call."""
+        ...
+
+    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
+        """Restore what `state` returned after `step` updates; all ranks must call."""
+        ...
+
+
+def build_engine(model: nn.Module, config: Config, world: World, accumulation: int) -> Engine:
+    """The engine of `config.engine` around an initialized model; `accumulation` micro-batches per step."""
+    refuse_known_faults(config.engine)
+    if config.engine.kind == "ddp":
+        return DdpEngine(model, config, world, accumulation)
+    return DeepSpeedEngine(model, config, world, accumulation)
+
+
+def refuse_known_faults(engine: EngineConfig) -> None:
+    """Raise UserError for combinations that are known to be wrong."""
+    if engine.kind == "deepspeed" and engine.stage == 0 and engine.dtype == "bf16":
+        raise UserError(
+            "engine.stage=0 with engine.dtype=bf16 would accumulate gradients in bf16: DeepSpeed has no float32 "
+            "accumulation there; use engine.stage=1, engine=ddp, or engine.dtype=fp32"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in named if p.ndim >= 2]
+    vectors = [p for p in named if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW with this run's settings; the loop sets the learning rate before each step."""
+    o = config.optim
+    groups = parameter_groups(model, o.weight_decay)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=torch.cuda.is_available())
+
+
+def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, every setting that matters explicit."""
+    bf16 = config.engine.dtype == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "prescale_gradients": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.engine.stage,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "checkpoint": {"tag_validation": "Fail"},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 0 to 3."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World, accumulation: int):
+        import deepspeed  # noqa: PLC0415  (slow to import)
+
+        # On CPU DeepSpeed compiles a shared-memory reduction at the first start: a minute, and a hang forever
+        # behind its lock file when that compilation was once killed. gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.world = world
+        micro_batch = config.stream.global_batch // world.size // accumulation
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(model, config),
+            config=deepspeed_config(config, micro_batch, accumulation),
+            dist_init_required=False,
+        )
+        self.parameters = dict(self.engine.module.named_parameters())
+
+    def forward(self, batch: dict[str, Tensor]) -> LossSums:
+        return self.engine(**batch)
+
+    def backward(self, total: Tensor, global_weight: Tensor) -> None:
+        # DeepSpeed averages over ranks; our normalization is over the global weight, so undo the average.
+        self.engine.backward(total * (self.world.size / global_weight), scale_wrt_gas=False)
+        # Moves DeepSpeed's micro-batch counter; the update happens at the accumulation boundary.
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, lr: float) -> Tensor | float | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return self.engine.get_global_grad_norm()
+
+    def state(self) -> tuple[TensorDict, TensorDict]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
+
+        self._create_moments()
+        parameters: TensorDict = {}
+        moments: TensorDict = {}
+        for name, parameter in self.parameters.items():
+            if self._plain():
+                full = parameter.detach().float()
+                full_moments = {key: self._inner().state[parameter][key] for key in MOMENTS}
+            else:
+                full = safe_get_full_fp32_param(parameter)
+                full_moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if self.world.rank == 0:
+                parameters[name] = full.detach().cpu().clone()
+                for key, value in full_moments.items():
+                    moments[f"{key}.{name}"] = value.detach().float().cpu().clone().reshape(full.shape)
+        return parameters, moments
+
+    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # noqa: PLC0415
+
+        self._create_moments()
+        for name, parameter in self.parameters.items():
+            full = parameters[name].to(self.world.device)
+            full_moments = {key: moments[f"{key}.{name}"].to(self.world.device) for key in MOMENTS}
+            if self._plain():
+                parameter.data.copy_(full)
+                for key, value in full_moments.items():
+                    self._inner().state[parameter][key].copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, full)
+                for key, value in full_moments.items():
+                    safe_set_full_optimizer_state(parameter, value, key)
+        for state in self._inner().state.values():
+            state["step"].fill_(float(step))
+        self._refresh_compute_copies()
+
+    def _plain(self) -> bool:
+        """Stage 0 in float32: no ZeRO optimizer, parameters are their own masters."""
+        return not hasattr(self.optimizer, "optimizer")
+
+    def _inner(self) -> torch.optim.AdamW:
+        return self.optimizer if self._plain() else self.optimizer.optimizer
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The float32 tensors that AdamW really updates on this rank."""
+        for attribute in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+            if hasattr(self.optimizer, attribute):
+                return list(getattr(self.optimizer, attribute))
+        if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._inner().param_groups for p in group["params"]]
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state at the first update; make it now, so that it can be read or restored before."""
+        inner = self._inner()
+        for master in self._flat_masters():
+            if not inner.state[master]:
+                device = master.device if inner.defaults.get("fused") else torch.device("cpu")
+                inner.state[master]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for key in MOMENTS:
+                    inner.state[master][key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _refresh_compute_copies(self) -> None:
+        """Copy the restored masters into the parameters that the forward pass uses."""
+        if hasattr(self.optimizer, "update_lp_params"):
+            self.optimizer.update_lp_params()
+        elif hasattr(self.optimizer, "single_partition_of_fp32_groups"):
+            from deepspeed.runtime.utils import all_gather_dp_groups  # noqa: PLC0415
+
+            zero = self.optimizer
+            for index, master in enumerate(zero.single_partition_of_fp32_groups):
+                group = zero.real_dp_process_group[index]
+                zero.parallel_partitioned_bit16_groups[index][dist.get_rank(group)].data.copy_(master.data)
+            all_gather_dp_groups(
+                groups_flat=zero.bit16_groups_flat,
+                partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+                dp_process_group=zero.real_dp_process_group,
+                start_alignment_factor=zero.nccl_start_alignment_factor,
+                allgather_bucket_size=zero.allgather_bucket_size,
+            )
+        elif not self._plain():
+            for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+
+
+class DdpEngine:
+    """torch DistributedDataParallel: float32 masters, bf16 by autocast."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World, accumulation: int):
+        self.world, self.accumulation, self.clip = world, accumulation, config.optim.clip
+        self.autocast = config.engine.dtype == "bf16"
+        self.model = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
+        self.optimizer = adamw(model, config)
+        self.parameters = dict(model.named_parameters())
+        self.micro_step = 0
+
+    def forward(self, batch: dict[str, Tensor]) -> LossSums:
+        # DDP learns in the forward pass whether the next backward will reduce.
+        with self._local_unless_last(), torch.autocast(self.world.device.type, torch.bfloat16, self.autocast):
+            return self.model(**batch)
+
+    def backward(self, total: Tensor, global_weight: Tensor) -> None:
+        with self._local_unless_last():
+            (total * (self.world.size / global_weight)).backward()
+        self.micro_step += 1
+
+    def step(self, lr: float) -> Tensor | float | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        limit = self.clip if self.clip > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.micro_step = 0
+        return norm
+
+    def state(self) -> tuple[TensorDict, TensorDict]:
+        if self.world.rank != 0:
+            return {}, {}
+        self._create_moments()
+        parameters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+        moments = {
+            f"{key}.{name}": self.optimizer.state[p][key].cpu().clone()
+            for name, p in self.parameters.items()
+            for key in MOMENTS
+        }
+        return parameters, moments
+
+    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
+        self._create_moments()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(parameters[name])
+                state = self.optimizer.state[parameter]
+                state["step"].fill_(float(step))
+                for key in MOMENTS:
+                    state[key].copy_(moments[f"{key}.{name}"])
+
+    def _create_moments(self) -> None:
+        for parameter in self.parameters.values():
+            state = self.optimizer.state[parameter]
+            if not state:
+                device = parameter.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(parameter)
+
+    def _local_unless_last(self) -> contextlib.AbstractContextManager[Any]:
+        last = self.micro_step == self.accumulation - 1
+        return contextlib.nullcontext() if last or self.world.size == 1 else self.model.no_sync()

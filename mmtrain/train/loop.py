@@ -1,0 +1,186 @@
+"""The training loop: every rank runs this on its share of each global batch."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtrain.config import Config, fingerprint
+from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
+from mmtrain.stream import Batch, BatchCounts, Stream, merge_states, prefetch
+from mmtrain.tokens import Vocabulary
+from mmtrain.track import Tracker
+from mmtrain.train.checkpoint import Checkpoint, save_checkpoint
+from mmtrain.train.distributed import World
+from mmtrain.train.engine import Engine
+from mmtrain.train.schedule import learning_rate
+from mmtrain.train.window import Totals, Window
+
+
+@dataclass
+class Run:
+    """Everything the loop works on; `tracker` is None except on rank 0."""
+
+    config: Config
+    folder: Path
+    world: World
+    vocabulary: Vocabulary
+    engine: Engine
+    stream: Stream
+    validation: list[tuple[Batch, BatchCounts]]
+    ledger: Ledger
+    tracker: Tracker | None
+    run_id: str
+    accumulation: int
+    step: int = 0
+    tokens: int = 0
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train from `run.step` to the configured number of steps; returns the last log row."""
+    config, world = run.config, run.world
+    steps = config.train.steps
+    peak = device_peak(config, world)
+    window = new_window(run)
+    row: dict[str, Any] = {}
+    rows = config.stream.global_batch // world.size
+    with prefetch(run.stream, range(run.step, steps), world.rank, world.size) as batches:
+        for step in range(run.step, steps):
+            started = time.perf_counter()
+            _, batch, counts = next(batches)
+            window.add_step(counts, rows, time.perf_counter() - started)
+            inputs = model_inputs(batch, run.vocabulary, world.device)
+            weight = world.sum(inputs["loss_weight"].sum())
+            for micro in split_batch(inputs, run.accumulation):
+                sums = run.engine.forward(micro)
+                run.engine.backward(sums.total, weight)
+                window.add_loss(sums)
+            rate = learning_rate(step, steps, config.optim)
+            norm = run.engine.step(rate)
+            run.step = step + 1
+
+            saving = due(run.step, config.train.checkpoint_every, steps)
+            if due(run.step, config.track.log_every, steps) or saving:
+                totals = window.reduce()
+                row = book_and_describe(run, totals, peak) | {"lr": rate, "grad_norm": as_float(norm)}
+                if due(run.step, config.train.evaluate_every, steps):
+                    row |= evaluate(run)
+                if run.tracker:
+                    run.tracker.log(run.step, row)
+                    run.ledger.save(run.folder / "ledger.json")
+            elif due(run.step, config.train.evaluate_every, steps):
+                validation_row = evaluate(run)
+                if run.tracker:
+                    run.tracker.log(run.step, validation_row)
+            if saving:
+                save(run)
+                window.started = time.perf_counter()
+    return row
+
+
+def new_window(run: Run) -> Window:
+    """An empty window of this run."""
+    c = run.config
+    micro_rows = c.stream.global_batch // run.world.size // run.accumulation
+    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, micro_rows)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """True each `every` steps (0: never) and at the last one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def model_inputs(batch: Batch, vocabulary: Vocabulary, device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on the device, with the modality of every target."""
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    inputs["modality"] = vocabulary.modality(inputs["targets"])
+    return inputs
+
+
+def split_batch(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of equal size along the rows."""
+    chunks = {name: tensor.chunk(parts) for name, tensor in inputs.items()}
+    return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(parts)]
+
+
+def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str, Any]:
+    """Book the window's FLOPs and tokens; returns its log row."""
+    run.ledger.book_training(split_by_kind(totals.flops.model_causal, totals.tokens))
+    run.tokens += totals.num_tokens
+    seconds = totals.seconds
+
+    def utilization(flops: int) -> float | None:
+        return flops / seconds / peak if peak else None
+
+    return {
+        "tokens": run.tokens,
+        **totals.losses(),
+        "tokens_per_second": totals.num_tokens / seconds,
+        "step_seconds": seconds / totals.steps,
+        "data_seconds": totals.data_seconds / totals.steps,
+        "padding": totals.padding / (totals.padding + totals.num_tokens),
+        "mfu_causal": utilization(totals.flops.model_causal),
+        "mfu_palm": utilization(totals.flops.model_palm),
+        "hfu": utilization(totals.flops.hardware),
+        "flops_total": run.ledger.training_total,
+    }
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, Any]:
+    """Losses on the validation batches, which are the same at every call."""
+    window = new_window(run)
+    for batch, counts in run.validation:
+        window.add_step(counts, len(batch["tokens"]))
+        window.add_loss(run.engine.forward(model_inputs(batch, run.vocabulary, run.world.device)))
+    totals = window.reduce()
+    run.ledger.book("evaluation", totals.flops.model_causal // 3)
+    return totals.losses("val_")
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this step (rank 0 writes, all ranks take part)."""
+    parameters, moments = run.engine.state()
+    lanes = run.world.gather(run.stream.state(run.step - 1, run.world.rank, run.world.size))
+    if run.world.rank == 0:
+        state = {
+            "step": run.step,
+            "tokens": run.tokens,
+            "stream": merge_states(lanes),
+            "ledger": run.ledger.state(),
+            "vocabulary": run.vocabulary.fingerprint,
+            "model": fingerprint(run.config.model),
+            "run_id": run.run_id,
+        }
+        save_checkpoint(run.folder / "checkpoints", parameters, moments, state, run.config.train.keep_checkpoints)
+        run.ledger.save(run.folder / "ledger.json")
+    run.world.barrier()
+
+
+def restore(run: Run, checkpoint: Checkpoint, parameters: dict[str, Any], moments: dict[str, Any]) -> None:
+    """Continue from a checkpoint of this run, of any world size and ZeRO stage."""
+    run.step, run.tokens = checkpoint.step, int(checkpoint.state["tokens"])
+    run.engine.load(parameters, moments, run.step)
+    run.stream.load(checkpoint.state["stream"])
+    run.ledger.load(checkpoint.state["ledger"])
+
+
+def device_peak(config: Config, world: World) -> float | None:
+    """Peak FLOP/s of all ranks: published for a known GPU, measured now on CPU, None for an unknown device."""
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
+        return peak * world.size if peak else None
+    rate = torch.tensor(measured_matmul_rate(dtype), dtype=torch.float64)
+    return float(world.sum(rate))
+
+
+def as_float(value: Any) -> float | None:
+    """A number for the log; None when unknown or not finite."""
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None

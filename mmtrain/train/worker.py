@@ -1,0 +1,129 @@
+"""One rank of a training run: `python -m mmtrain.train.worker --run-dir RUN`, started by the launcher."""
+
+import argparse
+import logging
+import os
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+
+from mmtrain.config import Config, UserError
+from mmtrain.config.compose import load_frozen
+from mmtrain.flops import Ledger
+from mmtrain.models import build_model, count_parameters
+from mmtrain.retrieval import Neighbours
+from mmtrain.shards import TokenShards
+from mmtrain.stream import Source, Stream
+from mmtrain.tokens import Vocabulary
+from mmtrain.track import Tracker
+from mmtrain.train.checkpoint import latest_checkpoint, load_tensors
+from mmtrain.train.distributed import World, start_world
+from mmtrain.train.engine import build_engine
+from mmtrain.train.launch import check_batch
+from mmtrain.train.loop import Run, restore, train
+from mmtrain.train.run import Artifacts
+
+
+def main() -> int:
+    """Train; exit code 2 and one sentence for a user's mistake."""
+    parser = argparse.ArgumentParser(description="One rank of a training run; started by `mmtrain train`.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher; the environment decides")
+    folder = parser.parse_args().run_dir
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    world = start_world()
+    run = None
+    code = 1
+    try:
+        run = build_run(folder, load_frozen(folder / "config.yaml"), world)
+        train(run)
+        code = 0
+    except UserError as error:
+        if os.environ.get("MMTRAIN_DEBUG"):
+            raise
+        if world.rank == 0:
+            print(f"mmtrain: {error}", file=sys.stderr, flush=True)
+        code = 2
+    finally:
+        if run and run.tracker:
+            run.tracker.close(code)
+    torch.distributed.destroy_process_group()
+    return code
+
+
+def build_run(folder: Path, config: Config, world: World) -> Run:
+    """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
+    check_batch(config, world.size)
+    artifacts = Artifacts.load(folder)
+    vocabulary = Vocabulary.load(artifacts.tokens / "vocabulary.json")
+    checkpoint, complaints = latest_checkpoint(folder / "checkpoints")
+    for complaint in complaints if world.rank == 0 else []:
+        print(f"mmtrain: {complaint}; continuing from {checkpoint.path if checkpoint else 0}", file=sys.stderr)
+    if checkpoint and checkpoint.state["vocabulary"] != vocabulary.fingerprint:
+        raise UserError(f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens}; choose another name=")
+
+    positions = config.model.max_positions or config.stream.sequence_length
+    model = build_model(config.model, vocabulary.size, positions)
+    model.initialize(config.seed)
+    share = config.stream.global_batch // world.size
+    accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
+    run = Run(
+        config=config,
+        folder=folder,
+        world=world,
+        vocabulary=vocabulary,
+        engine=build_engine(model.to(world.device), config, world, accumulation),
+        stream=open_stream(config, artifacts, vocabulary, "train"),
+        validation=[],
+        ledger=Ledger(),
+        tracker=None,
+        run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
+        accumulation=accumulation,
+    )
+    if config.train.evaluate_batches:
+        held_out = open_stream(config, artifacts, vocabulary, "validation")
+        batches = range(config.train.evaluate_batches)
+        run.validation = [held_out.prepare(i, world.rank, world.size) for i in batches]
+    if checkpoint:
+        restore(run, checkpoint, *load_tensors(checkpoint))
+    else:
+        for kind, flops in artifacts.flops().items():
+            run.ledger.book(kind, flops)
+    if world.rank == 0:
+        repeated = run.ledger.recover(folder / "ledger.json") if checkpoint else 0
+        announce(run, count_parameters(config.model, vocabulary.size, positions), repeated)
+        run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
+    return run
+
+
+def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, split: str) -> Stream:
+    """The stream of a split; retrieved documents come from the training split."""
+    neighbours = Neighbours(artifacts.neighbours / split) if artifacts.neighbours else None
+    memory = TokenShards(artifacts.tokens / "train") if artifacts.neighbours else None
+    source = Source(config.corpus.name, TokenShards(artifacts.tokens / split), neighbours=neighbours, memory=memory)
+    retrieval = config.retrieval if config.retrieval.enabled else None
+    return Stream([source], vocabulary, config.stream, config.objective, retrieval, config.seed)
+
+
+def first_run_id(folder: Path) -> str:
+    """The tracking id of a run, kept from its first start on."""
+    file = folder / "run_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text().strip()
+
+
+def announce(run: Run, parameters: int, repeated: int) -> None:
+    """Say in a few lines what is about to happen."""
+    e = run.config.engine
+    engine = f"DeepSpeed ZeRO-{e.stage}" if e.kind == "deepspeed" else "DDP"
+    print(f"model: {run.config.model.family}, {parameters:,} parameters; {engine}, {e.dtype}, {run.world.size} x {run.world.device.type}")
+    if run.step:
+        lost = f"; {repeated:.2e} FLOPs of steps after it are done again" if repeated else ""
+        print(f"resuming at step {run.step} of {run.config.train.steps}{lost}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

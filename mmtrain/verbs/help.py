@@ -1,0 +1,156 @@
+"""What each verb does, in one line and in one page. Plain text, so that `--help` needs no other import."""
+
+VERBS: dict[str, str] = {
+    "ls": "list experiments, models, corpora and every other choice",
+    "data": "read a corpus, tokenize it, write document and token shards",
+    "tokenizer": "train the text or the image tokenizer",
+    "retrieval": "find the neighbours of every document",
+    "train": "train a run, or go on with it; prepares what is missing",
+    "generate": "draw pictures from captions, or caption pictures",
+    "evaluate": "measure a run on held-out data",
+    "flops": "compute of published models, of a configuration, of a run",
+    "report": "write report.html of a run",
+    "doctor": "check this machine and say how to mend what is wrong",
+}
+
+CONFIGURED = ("data", "tokenizer", "retrieval", "train", "generate", "evaluate", "flops", "report", "doctor")
+"""Verbs that take KEY=VALUE, and so `--cfg job`."""
+
+_SETTINGS = """\
+Settings are KEY=VALUE or GROUP=OPTION, the later wins: `mmtrain ls` lists the options,
+docs/reference/config.md every key. Options that every verb understands:
+  --cfg job         print the resolved configuration and stop
+  --config-dir DIR  a folder of your own options, laid out like conf/ (experiment/mine.yaml, ...)
+"""
+
+HELP: dict[str, str] = {
+    "ls": """\
+mmtrain ls [GROUP]
+
+Lists what can be chosen, with one line each: whole runs (experiment=...) and parts of a run (model=...,
+corpus=...). A name is used as GROUP=NAME with the other verbs.
+
+Example
+  mmtrain ls                 every group
+  mmtrain ls experiment      whole runs only
+  mmtrain ls --config-dir my_conf experiment     your own among them
+""",
+    "data": """\
+mmtrain data [settings]
+
+Reads the corpus, drops what is broken or a duplicate (and says how many), trains the tokenizers that are
+missing, and writes document shards and token shards: tar files that plain webdataset reads, with an index
+and a manifest. What exists already is reused; another setting makes another folder under data_dir.
+Prints documents, tokens by kind, bytes and what was skipped, and why.
+
+Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
+  mmtrain data corpus=pairs corpus.name=holiday corpus.path=~/pictures/holiday corpus.image_size=64
+
+Example: procedural shapes, nothing to download
+  mmtrain data corpus=shapes corpus.num_documents=5000
+""",
+    "tokenizer": """\
+mmtrain tokenizer text|image [settings]
+
+text   trains a byte-level BPE on the captions of the corpus (text_tokenizer.vocab_size entries).
+image  trains an autoencoder that turns a picture into (image_size / downsample)^2 codes; prints PSNR, SSIM,
+       codebook use and perplexity on held-out pictures and writes reconstructions.png.
+`mmtrain train` does both when they are missing; this verb is for trying settings.
+
+Example
+  mmtrain tokenizer image corpus=stamps image_tokenizer=fsq image_tokenizer.steps=3000
+  mmtrain tokenizer text corpus=stamps corpus.languages=[en,de] text_tokenizer.vocab_size=2048
+
+Use one that you have
+  mmtrain train text_tokenizer.path=tokenizer.json image_tokenizer.path=data/stamps/image-0123456789ab
+""",
+    "retrieval": """\
+mmtrain retrieval [settings]
+
+Encodes every document (the mean of its text and picture vectors) and stores the nearest training documents
+of each: exact search, the document itself and near-duplicates left out. Training places some of them in
+front of the document (CM3leon). Prints how many were left out, and why, and a few neighbours to look at.
+
+Example
+  mmtrain retrieval corpus=stamps retrieval.num_candidates=16 retrieval.max_score=0.95
+""",
+    "train": """\
+mmtrain train [settings]
+
+Prepares what is missing (corpus, tokenizers, shards, neighbours) and trains on DeepSpeed: on every GPU of
+this machine, or on 2 CPU processes where there is none. The run directory is root/name, runs/NAME by
+default: config.yaml, metrics.jsonl, checkpoints/, samples/, ledger.json. Ctrl-C or a crash loses
+at most train.checkpoint_every steps: the same command goes on from the newest checkpoint.
+
+Example: minutes on a laptop, on real captioned pictures
+  mmtrain train experiment=quickstart
+
+Example: a model and a name of your own
+  mmtrain train name=wide corpus=shapes model=small model.width=384 optim.lr=5e-4 train.steps=3000
+
+Example: four processes with ZeRO 3; two hosts
+  mmtrain train experiment=shapes_cpu engine=zero3 engine.ranks=4
+  mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=launch/hostfile.example
+""",
+    "generate": """\
+mmtrain generate 'generate.prompts=[a caption]' [settings]
+
+Draws pictures for captions from a checkpoint, or captions pictures; writes the files, and a grid with the
+prompts, to RUN/samples. Uses the last run that was trained, or run=FOLDER.
+
+Example: pictures for two captions (a list is written [one,two]; the quotes are for the shell)
+  mmtrain generate 'generate.prompts=[a red circle,two blue squares]' generate.num_samples=8 generate.guidance=4
+
+Example: captions for pictures
+  mmtrain generate generate.task=caption 'generate.prompts=[cat.png,dog.jpg]' run=runs/quickstart
+""",
+    "evaluate": """\
+mmtrain evaluate [task=shapes|loss] [settings]
+
+Measures a run on held-out data; prints the numbers with 95 % confidence intervals and keeps them in
+the run directory. Uses the last run that was trained, or run=FOLDER.
+  task=loss    validation loss by modality; for every corpus
+  task=shapes  draws held-out captions and grades the pictures pixel by pixel; captions held-out pictures
+
+Example
+  mmtrain evaluate task=shapes run=runs/shapes_cpu task.num_prompts=500
+""",
+    "flops": """\
+mmtrain flops ls | show NAME | count [settings] | run=FOLDER
+
+ls      training compute of published models, with the convention that was used
+show    one of them, with its sources
+count   parameters and FLOPs per token of a configuration, by convention
+run     the compute ledger of a run: what was spent on what
+
+1 multiply-add = 2 FLOPs. Conventions: model FLOPs (causal, document-masked), PaLM (full attention),
+hardware (with recomputation).
+
+Example
+  mmtrain flops count model=cm3leon_350m stream.sequence_length=4096
+  mmtrain flops run=runs/quickstart
+""",
+    "report": """\
+mmtrain report [run=FOLDER]
+
+Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
+curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
+published models, and the commands that reproduce it. Uses the last run that was trained, or run=FOLDER.
+
+Example
+  mmtrain report run=runs/quickstart
+""",
+    "doctor": """\
+mmtrain doctor [--json] [settings]
+
+Checks versions, devices, memory, disk, that files in the run folder survive a rename, apt-get, DeepSpeed
+and W&B; says of each whether it is well and, where not, how to mend it. Exit code 0: well, or warnings
+only; 1: something fails.
+
+Example
+  mmtrain doctor
+  mmtrain doctor --json root=/scratch/runs
+""",
+}
+for _verb in CONFIGURED:
+    HELP[_verb] += "\n" + _SETTINGS

@@ -1,0 +1,43 @@
+"""What every test shares: no settings leak in from the outside, GPU tests need a GPU, tools may be missing."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+# Before torch is imported anywhere: tests are small, and threads that fight for two cores make them slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The developer's keys and settings must not change what a test sees, nor may a test reach W&B."""
+    for name in ("WANDB_API_KEY", "MMTRAIN_CONFIG_DIR", "MMTRAIN_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def need_command() -> Callable[[str], None]:
+    """`need_command("unshare")`: without that command the test skips, in the CI (MMTRAIN_CI=1) it fails."""
+
+    def need(name: str) -> None:
+        if shutil.which(name) is None:
+            if os.environ.get("MMTRAIN_CI") == "1":
+                pytest.fail(f"the CI must have {name}")
+            pytest.skip(f"{name} is not installed here")
+
+    return need

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtrain.config import ObjectiveConfig, UserError
+from mmtrain.config.randomness import random_stream
+from mmtrain.objective import arrange, assemble, training_sequence, unrotate
+from mmtrain.tokens import Vocabulary
+
+V = Vocabulary(300, 50, 16)
+TEXT, IMAGE, BREAK = V.text_start, V.image_start, V.brk
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=V.dtype)
+
+
+def test_retrieved_documents_come_first_and_breaks_separate():
+    tokens, num_retrieved = assemble(ids(10, BREAK, IMAGE), [ids(11), ids(12, 13)], V)
+    assert tokens.tolist() == [V.eos, 11, BREAK, 12, 13, BREAK, 10, BREAK, IMAGE, V.eos]
+    assert num_retrieved == 5 and tokens.dtype == V.dtype
+
+
+def test_order_turns_pairs_and_nothing_else():
+    rng = random_stream(0)
+    pair, turned = ids(TEXT, TEXT, BREAK, IMAGE), ids(IMAGE, BREAK, TEXT, TEXT)
+    assert arrange(pair, V, "image_first", rng).tolist() == turned.tolist()
+    assert arrange(turned, V, "text_first", rng).tolist() == pair.tolist()
+    assert {arrange(pair, V, "random", rng)[0] for _ in range(50)} == {TEXT, IMAGE}
+    for other in (ids(TEXT), ids(TEXT, BREAK, TEXT), ids(IMAGE, BREAK, TEXT, BREAK, IMAGE)):
+        assert arrange(other, V, "image_first", rng) is other
+
+
+def test_causal_is_the_assembled_sequence():
+    config = ObjectiveConfig(kind="causal", retrieved_loss_weight=0.1)
+    sequence = training_sequence(ids(10, BREAK, IMAGE), [ids(11)], V, config, random_stream(0))
+    assert sequence.tokens.tolist() == [V.eos, 11, BREAK, 10, BREAK, IMAGE, V.eos]
+    assert sequence.loss_weight.tolist() == pytest.approx([0.1, 0.1, 1, 1, 1, 1, 0])
+    assert sequence.retrieved == 2
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3), st.integers(25, 80), st.integers(0, 50))
+@settings(deadline=None)
+def test_a_sequence_fits_and_gives_up_neighbours_before_its_own_segments(text, image, retrieved, limit, seed):
+    query = np.concatenate([np.full(text, TEXT), [BREAK], np.full(image, IMAGE)]).astype(V.dtype)
+    config = ObjectiveConfig(num_masks=3)
+    sequence = training_sequence(query, [query] * retrieved, V, config, random_stream(seed), limit)
+    assert len(sequence) <= limit
+    plain = unrotate(sequence.tokens, V)
+    if sequence.truncated:
+        assert len(query) > limit - 2 and sequence.dropped_retrieved == retrieved
+        assert not np.any(plain == IMAGE)  # the picture goes whole
+    else:
+        assert plain[-len(query) - 1 : -1].tolist() == query.tolist()
+        assert len(plain) == 2 + len(query) + (retrieved - sequence.dropped_retrieved) * (len(query) + 1)
+
+
+def test_a_picture_longer_than_the_row_is_the_users_error():
+    with pytest.raises(UserError, match="stream.sequence_length"):
+        training_sequence(np.full(30, IMAGE, dtype=V.dtype), [], V, ObjectiveConfig(), random_stream(0), 20)

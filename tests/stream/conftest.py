@@ -1,0 +1,42 @@
+"""Real token shards of random documents, written once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmtrain.config.randomness import random_stream
+from mmtrain.shards import TokenShards, write_tokens
+from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
+
+VOCABULARY = Vocabulary(300, 50, 16)
+
+
+def token_document(number: int, name: str, text: int, image: int) -> TokenDocument:
+    """The first two text ids spell the number, so that a test can tell documents apart."""
+    stream = random_stream("test document", name, number)
+    words = stream.integers(VOCABULARY.text_start, VOCABULARY.text_end, text)
+    words[:2] = VOCABULARY.text_start + number // 300, VOCABULARY.text_start + number % 300
+    codes = stream.integers(VOCABULARY.image_start, VOCABULARY.image_end, image)
+    tokens = np.concatenate([words, [VOCABULARY.brk], codes]).astype(VOCABULARY.dtype)
+    segments = (TokenSegment("text", 0, text), TokenSegment("image", text + 1, image))
+    return TokenDocument(f"{name}-{number:05d}", tokens, segments, {})
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenShards]:
+    """shards(count, name="a", image=16): token shards of pairs of 2 to 12 text and `image` image tokens."""
+    made: dict[tuple[int, str, int], Path] = {}
+
+    def make(count: int, name: str = "a", image: int = 16) -> TokenShards:
+        key = (count, name, image)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tokens")
+            lengths = random_stream("test lengths", name).integers(2, 13, count).tolist()
+            documents = (token_document(i, name, length, image) for i, length in enumerate(lengths))
+            write_tokens(folder, documents, VOCABULARY, "t" * 12, "i" * 12)
+            made[key] = folder
+        return TokenShards(made[key])
+
+    return make
