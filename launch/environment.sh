@@ -1,5 +1,5 @@
-# Source this file: afterwards `python` and `mmtrain` are those of the project's own virtual environment,
-# made and filled on the first call. Works from any folder.
+# For scripts (by hand: source .venv/bin/activate). Source this file: afterwards `python` and `mmtrain` are
+# those of the project's own virtual environment, made and filled on the first call. Works from any folder.
 #
 #   MMTRAIN_VENV     the environment to use (default: .venv in the checkout); made when it does not exist
 #   MMTRAIN_EXTRAS   extras of pyproject.toml to install, such as dev or dev,hf (default: none)
@@ -63,6 +63,7 @@ mmtrain_environment() {
         mmtrain_install "$venv" "$extras"
         echo "$wanted" >"$venv/mmtrain.stamp"
     fi
+    venv=$(cd "$venv" && pwd)
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     unset PYTHONHOME
 }

@@ -10,7 +10,7 @@ import sys
 
 from mmtrain import __version__
 from mmtrain.config.errors import UserError
-from mmtrain.verbs.help import CONFIGURED, HELP, VERBS
+from mmtrain.verbs.help import CONFIGURED, HELP, OF_A_RUN, VERBS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in CONFIGURED:
         rest, wants_config = _take_cfg(rest)
         if wants_config:
-            return _print_config(rest)
+            return _print_config(verb, rest)
     return importlib.import_module(f"mmtrain.verbs.{verb}").main(rest)
 
 
@@ -110,31 +110,43 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
     return rest, value
 
 
-def _print_config(arguments: list[str]) -> int:
+def _print_config(verb: str, arguments: list[str]) -> int:
     """Print the configuration that a verb would use; words without `=` (`tokenizer image`) are no settings."""
     from pathlib import Path
 
     from mmtrain.config.compose import compose, load_frozen, to_yaml, with_overrides
 
     settings = [word for word in arguments if "=" in word or word.startswith("-")]
-    run = next((word.partition("=")[2] for word in reversed(settings) if word.startswith("run=")), None)
-    frozen = Path(run, "config.yaml") if run else None
-    if frozen is not None and frozen.is_file():
-        print(to_yaml(with_overrides(load_frozen(frozen), settings)), end="")
-    else:
-        print(to_yaml(compose(settings)), end="")
+    if verb in OF_A_RUN:
+        given = {word.partition("=")[0]: word.partition("=")[2] for word in settings}
+        if given.get("run"):
+            folder = Path(given["run"])
+        elif "experiment" in given or "name" in given:
+            config = compose(settings)
+            folder = Path(config.root, config.name)
+        else:
+            root = Path(given.get("root", "runs"))
+            folder = root / (root / "last").read_text().strip() if (root / "last").is_file() else root
+        if (folder / "config.yaml").is_file():
+            settings = [
+                word for word in settings if word.partition("=")[0] not in ("run", "root", "experiment", "name")
+            ]
+            print(to_yaml(with_overrides(load_frozen(folder / "config.yaml"), settings)), end="")
+            return 0
+    print(to_yaml(compose(settings)), end="")
     return 0
 
 
 def _disk_sentence(error: OSError) -> str | None:
     """One sentence for the faults of a disk that the user can mend; None for another fault."""
     place = f" while writing {error.filename}" if error.filename else ""
+    elsewhere = "choose another place with root=DIR and data_dir=DIR"
     if error.errno == errno.ENOSPC:
-        return f"the disk is full{place}; free some space, or choose another place with root=DIR and data_dir=DIR"
+        return f"the disk is full{place}; free some space, or {elsewhere}"
     if error.errno == errno.EDQUOT:
-        return f"your disk quota is used up{place}; free some space, or choose another place with root=DIR and data_dir=DIR"
+        return f"your disk quota is used up{place}; free some space, or {elsewhere}"
     if error.errno == errno.EROFS:
-        return f"the file system is read-only{place}; choose another place with root=DIR and data_dir=DIR"
+        return f"the file system is read-only{place}; {elsewhere}"
     return None
 
 

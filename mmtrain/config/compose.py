@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mmtrain.config.artifact import write_text_atomic
@@ -85,7 +85,10 @@ def _with_value(schema: DictConfig, config: Config, override: Override) -> Confi
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, sections in the order of the schema."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    if "\x85" in text:  # PyYAML writes "next line" as it is, and reads it back as a blank
+        text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=False, width=120)
+    return text
 
 
 def freeze(config: Config, path: Path) -> None:
@@ -115,6 +118,8 @@ def _to_config(schema: DictConfig, container: Any) -> Config:
 
 def _escaped(value: Any) -> Any:
     """`value` with `${` escaped, so that text which happens to hold it stays text."""
+    if value == MISSING:
+        raise UserError(f"a value of the configuration is {MISSING}, which stands for one that is still to be given")
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain.config.errors import UserError
@@ -48,6 +48,8 @@ def read_override(text: str, groups: Mapping[str, Mapping[str, Path]]) -> Overri
     if not is_choice and key not in known_keys():
         raise UserError(_unknown_key(key, raw_value, groups))
     value, raw_value = _parse(key, raw_value)
+    if value == MISSING:
+        raise UserError(f"{key}={MISSING} stands for a value that is still to be given; give it")
     if is_choice:
         _check_option(key, value, groups[key])
     else:

@@ -43,7 +43,10 @@ def _type(item: Field) -> str:
 
 
 def _default(item: Field) -> str:
-    value = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    value: Any = item.default
+    if value is MISSING:
+        factory: Any = item.default_factory
+        value = factory()
     if value is None:
         return "null"
     if isinstance(value, bool):

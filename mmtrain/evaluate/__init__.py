@@ -1,1 +1,11 @@
-"""Measuring a trained model: what it drew and what it wrote, against the truth."""
+"""Measuring a trained model: what it drew and what it wrote, against the truth.
+
+In: a sampler and held-out documents. Out: plain numbers with confidence intervals. It must never look at
+anything but held-out data, nor grade a picture by the model that drew it.
+"""
+
+from mmtrain.evaluate.intervals import Proportion, wilson
+from mmtrain.evaluate.shapes import ShapesResult, evaluate_shapes
+from mmtrain.evaluate.shapes_grader import compare, grade
+
+__all__ = ["Proportion", "ShapesResult", "compare", "evaluate_shapes", "grade", "wilson"]

@@ -74,6 +74,10 @@ class Console:
             self._task = self._progress.add_task("train", total=total_steps, completed=resumed_step, numbers="starting")
             self._progress.start()
 
+    def start_clock(self) -> None:
+        """Training starts now: what came before does not count for the ETA."""
+        self._last = (self._last[0], time.monotonic())
+
     def row(self, step: int, row: Mapping[str, Any]) -> None:
         """Show the numbers of one row."""
         numbers = describe(row)

@@ -28,6 +28,7 @@ class Tracker:
         self.console = Console(total_steps, resumed_step)
         self._guard("write metrics.jsonl", self._open_metrics)
         self.wandb = WandbSink(self.run_dir, config.name, asdict(config), config.track, run_id, self.say)
+        self.console.start_clock()
 
     def _open_metrics(self) -> None:
         self._writer = MetricsWriter(self.run_dir / METRICS_FILE)

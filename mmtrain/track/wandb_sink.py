@@ -96,6 +96,8 @@ class WandbSink:
             self._give_up("start", error)
 
     def _start(self, run_dir: Path, name: str, config: Mapping[str, Any], track: TrackConfig, run_id: str) -> Any:
+        # Its error reports go to a server of theirs, in offline mode too; read when wandb is imported.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # half a second, and not needed when disabled
 
         def init(mode: Literal["online", "offline"]) -> Any:

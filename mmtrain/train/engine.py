@@ -6,6 +6,7 @@ know about stages or world sizes.
 """
 
 import contextlib
+import io
 from typing import Any, Protocol
 
 import torch
@@ -114,12 +115,14 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.world = world
         micro_batch = config.stream.global_batch // world.size // accumulation
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, config),
-            config=deepspeed_config(config, micro_batch, accumulation),
-            dist_init_required=False,
-        )
+        # It prints its memory at every stage of the set-up, whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw(model, config),
+                config=deepspeed_config(config, micro_batch, accumulation),
+                dist_init_required=False,
+            )
         self.parameters = dict(self.engine.module.named_parameters())
 
     def forward(self, batch: dict[str, Tensor]) -> LossSums:

@@ -32,7 +32,7 @@ def launch_command(run_dir: Path, config: Config) -> tuple[list[str], dict[str, 
     # The worker must find this package also when it was started from a source checkout.
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
     if config.engine.hostfile:
         if not Path(config.engine.hostfile).is_file():
             raise UserError(f"engine.hostfile={config.engine.hostfile} does not exist; see launch/hostfile.example")

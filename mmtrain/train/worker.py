@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import uuid
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher; the environment decides")
     folder = parser.parse_args().run_dir
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that newer versions of torch deprecate, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     world = start_world()
     run = None
     code = 1

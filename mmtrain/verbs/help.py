@@ -16,6 +16,9 @@ VERBS: dict[str, str] = {
 CONFIGURED = ("data", "tokenizer", "retrieval", "train", "generate", "evaluate", "flops", "report", "doctor")
 """Verbs that take KEY=VALUE, and so `--cfg job`."""
 
+OF_A_RUN = ("generate", "evaluate", "report")
+"""Verbs that start from the frozen configuration of a run."""
+
 _SETTINGS = """\
 Settings are KEY=VALUE or GROUP=OPTION, the later wins: `mmtrain ls` lists the options,
 docs/reference/config.md every key. Options that every verb understands:
@@ -96,7 +99,8 @@ Example: four processes with ZeRO 3; two hosts
 mmtrain generate 'generate.prompts=[a caption]' [settings]
 
 Draws pictures for captions from a checkpoint, or captions pictures; writes the files, and a grid with the
-prompts, to RUN/samples. Uses the last run that was trained, or run=FOLDER.
+prompts, to RUN/samples. Without prompts it takes the first held-out documents. The run is the last one that
+was trained, or the one of run=FOLDER, name=NAME or experiment=NAME.
 
 Example: pictures for two captions (a list is written [one,two]; the quotes are for the shell)
   mmtrain generate 'generate.prompts=[a red circle,two blue squares]' generate.num_samples=8 generate.guidance=4
@@ -107,8 +111,8 @@ Example: captions for pictures
     "evaluate": """\
 mmtrain evaluate [task=shapes|loss] [settings]
 
-Measures a run on held-out data; prints the numbers with 95 % confidence intervals and keeps them in
-the run directory. Uses the last run that was trained, or run=FOLDER.
+Measures a run on held-out data, prints the numbers (shares with 95 % confidence intervals) and keeps them in
+RUN/evaluation-TASK.json. The run is chosen as with `mmtrain generate`.
   task=loss    validation loss by modality; for every corpus
   task=shapes  draws held-out captions and grades the pictures pixel by pixel; captions held-out pictures
 
@@ -135,7 +139,7 @@ mmtrain report [run=FOLDER]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
-published models, and the commands that reproduce it. Uses the last run that was trained, or run=FOLDER.
+published models, and the commands that reproduce it. The run is chosen as with `mmtrain generate`.
 
 Example
   mmtrain report run=runs/quickstart

@@ -150,8 +150,10 @@ def prepare_neighbours(config: Config, documents: Path) -> Path | None:
 
     def build(partial: Path) -> None:
         memory = DocumentShards(documents / "train")
-        for split in SPLITS:
-            build_neighbours(memory, DocumentShards(documents / split), config.retrieval, partial / split, config.seed)
+        build_neighbours(memory, memory, config.retrieval, partial / "train", config.seed)
+        held_out = DocumentShards(documents / "validation")
+        encoded = partial / "train"
+        build_neighbours(memory, held_out, config.retrieval, partial / "validation", config.seed, encoded=encoded)
 
     return _timed("neighbours", final, build)
 

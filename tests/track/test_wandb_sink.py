@@ -86,6 +86,29 @@ def test_a_dead_server_means_offline_within_bounds(tmp_path, monkeypatch):
     assert sum(record.get("type") == "history" for record in records(tmp_path)) == 1
 
 
+OFFLINE = """
+import atexit, sys
+from pathlib import Path
+from mmtrain.config import TrackConfig
+from mmtrain.track.wandb_sink import WandbSink
+calls = []
+watched = {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.connect": 1}
+sys.addaudithook(lambda event, args: calls.append(str(args[watched[event]])) if event in watched else None)
+atexit.register(lambda: print(sink.mode, [call for call in calls if "/" not in call and "127.0.0.1" not in call]))
+sink = WandbSink(Path(sys.argv[1]), "run", {}, TrackConfig(), "abc126")
+sink.log({"step": 1, "tokens": 10, "loss": 0.5})
+sink.close(0)
+"""
+
+
+def test_offline_asks_no_server(tmp_path, monkeypatch):
+    for name in ("WANDB_BASE_URL", "WANDB_SERVICE", "WANDB_ERROR_REPORTING"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[-1] == "offline []"
+
+
 def test_online_without_a_key_asks_nobody(tmp_path):
     said = []
     sink = WandbSink(tmp_path, "run", {}, TrackConfig(wandb="online"), "abc125", said.append)

@@ -1,0 +1,81 @@
+"""The `shapes` task: draw held-out captions and grade the pixels; caption held-out pictures and read the words."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmtrain.config import TaskConfig, UserError
+from mmtrain.documents import Document, decode_square
+from mmtrain.documents.captions import parse_caption
+from mmtrain.documents.scene import Scene
+from mmtrain.evaluate.intervals import Proportion, wilson
+from mmtrain.evaluate.shapes_grader import compare, grade
+from mmtrain.generate import Sampler, SamplingSettings
+
+CAPTION_FACTS = ("background", "colors", "count", "relations")
+
+
+@dataclass
+class ShapesResult:
+    """Shares of pictures and captions that are right, by fact; `ceiling`: the same for reconstructed true pictures.
+
+    pictures_held_out: pictures whose caption has a color-shape combination that training never showed.
+    captions["all"]: captions with background, colors, count and relations all right.
+    """
+
+    pictures: dict[str, Proportion]
+    pictures_held_out: dict[str, Proportion]
+    ceiling: dict[str, Proportion]
+    captions: dict[str, Proportion]
+    drawn: list[tuple[Document, np.ndarray]] = field(default_factory=list)
+    written: list[tuple[Document, str]] = field(default_factory=list)
+
+
+def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskConfig, seed: int) -> ShapesResult:
+    """Grade one picture per caption and one caption per picture of held-out `documents`.
+
+    Raises UserError when the documents have no scenes in their meta: only the shapes corpus has.
+    """
+    if not documents or "scene" not in documents[0].meta:
+        raise UserError("task=shapes needs a run on corpus=shapes, whose documents carry their scenes; use task=loss")
+    to_draw, to_caption = documents[: config.num_prompts], documents[: config.num_captions]
+    settings = SamplingSettings(config.temperature, config.top_p, config.guidance)
+    samples = sampler.images([document.texts[0] for document in to_draw], settings, seed)
+    drawn = [(to_draw[s.prompt], s.pixels) for s in samples if s.pixels is not None]
+
+    size = sampler.image.image_size
+    pictures = np.stack([decode_square(document.images[0].data, size) for document in documents])
+    reconstructed = sampler.image.decode(sampler.image.encode(pictures[: len(to_draw)]))
+    written: list[tuple[Document, str]] = []
+    if to_caption:
+        greedy = SamplingSettings(temperature=0.0, guidance=1.0)
+        captions = sampler.captions(pictures[: len(to_caption)], greedy, seed)
+        written = [(to_caption[s.prompt], s.text or "") for s in captions]
+
+    facts = [_facts(parse_caption(text), document) for document, text in written]
+    for fact in facts:
+        fact["all"] = all(fact.get(name, True) for name in CAPTION_FACTS)
+    graded = [(document, _facts(grade(pixels), document)) for document, pixels in drawn]
+    return ShapesResult(
+        pictures=_shares([fact for _, fact in graded]),
+        pictures_held_out=_shares([fact for document, fact in graded if document.meta.get("held_out")]),
+        ceiling=_shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
+        captions=_shares(facts),
+        drawn=drawn,
+        written=written,
+    )
+
+
+def _facts(found: Scene, document: Document) -> dict[str, bool]:
+    """What is right; relations only where the scene has any, so that single objects do not flatter the share."""
+    scene = Scene.from_json(document.meta["scene"])
+    facts = compare(found, scene)
+    if not scene.relations:
+        del facts["relations"]
+    return facts
+
+
+def _shares(facts: list[dict[str, bool]]) -> dict[str, Proportion]:
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    holding = {name: [fact[name] for fact in facts if name in fact] for name in names}
+    return {name: wilson(sum(holds), len(holds)) for name, holds in holding.items()}

@@ -1,0 +1,135 @@
+"""Opening a trained run: its frozen config with the command's changes, its data, and its model ready to sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track as progress_bar
+
+from mmtrain.config import Config, UserError
+from mmtrain.config.compose import compose, load_frozen, with_overrides
+from mmtrain.documents import Document
+from mmtrain.flops import Ledger, forward_flops
+from mmtrain.generate import Sampler
+from mmtrain.retrieval import Memory
+from mmtrain.shards import DocumentShards, TokenShards
+from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
+from mmtrain.train.checkpoint import Checkpoint, latest_checkpoint, load_model, read_checkpoint
+from mmtrain.train.run import Artifacts
+
+__all__ = ["TrainedRun", "open_trained", "progress_bar"]
+
+
+@dataclass
+class TrainedRun:
+    """A run directory with everything in it, loaded when first used."""
+
+    folder: Path
+    config: Config
+    artifacts: Artifacts
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that generate.checkpoint names, verified."""
+        name = self.config.generate.checkpoint
+        if name != "latest":
+            return read_checkpoint(self.folder / "checkpoints" / Path(name).name)
+        found, complaints = latest_checkpoint(self.folder / "checkpoints")
+        for complaint in complaints:
+            print(f"mmtrain: {complaint}")
+        if found is None:
+            raise UserError(f"run {self.folder} has no checkpoint yet; train it first: `mmtrain train` with its settings")
+        return found
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.artifacts.tokens / "vocabulary.json")
+
+    @cached_property
+    def text(self) -> TextTokenizer:
+        return TextTokenizer.load(self.artifacts.text_tokenizer / "tokenizer.json")
+
+    @cached_property
+    def image(self) -> ImageTokenizer:
+        return ImageTokenizer.load(self.artifacts.image_tokenizer)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The model of the checkpoint on the GPU, or on the CPU in the run's precision."""
+        model = load_model(self.checkpoint, self.config, self.vocabulary.size, self.vocabulary.fingerprint)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.config.engine.dtype == "bf16":
+            model = model.to(torch.bfloat16)
+        image = self.image.to(device)
+        return Sampler(model.to(device), self.vocabulary, self.text, image, self.config.generate.batch_size)
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """The retrieval memory of the training split, if the run has one."""
+        return Memory(self.artifacts.neighbours / "train") if self.artifacts.neighbours else None
+
+    @cached_property
+    def memory_tokens(self) -> TokenShards:
+        return TokenShards(self.artifacts.tokens / "train")
+
+    def held_out(self, limit: int) -> list[Document]:
+        """The first `limit` validation documents."""
+        shards = DocumentShards(self.artifacts.documents / "validation")
+        return [shards[i] for i in range(min(limit, len(shards)))]
+
+    def retrieved(self, queries: Sequence[str | np.ndarray]) -> list[list[np.ndarray]] | None:
+        """Token ids of the documents to place before each prompt (captions, or (S, S, 3) pictures)."""
+        if self.memory is None or not self.config.generate.retrieve:
+            return None
+        k = self.config.retrieval.num_documents
+        found = [
+            self.memory.search_text(query, k) if isinstance(query, str) else self.memory.search_image(query, k)
+            for query in queries
+        ]
+        # Best last: nearest to the query, where training placed nothing better.
+        return [[self.memory_tokens.tokens(i) for i in reversed(indices)] for indices in found]
+
+    def book_sampling(self, kind: str, num_sequences: int, length: int) -> None:
+        """Book `num_sequences` sampled sequences of `length` tokens in the run's ledger."""
+        path = self.folder / "ledger.json"
+        ledger = Ledger.read(path)
+        ledger.book(kind, forward_flops(self.config.model, self.vocabulary.size, [length] * num_sequences))
+        ledger.save(path)
+
+
+def open_trained(argv: list[str]) -> TrainedRun:
+    """The run that run=FOLDER, experiment=NAME or name=NAME names, or the last one that was trained."""
+    keys = {argument.partition("=")[0]: argument.partition("=")[2] for argument in argv if "=" in argument}
+    if "experiment" in keys or "name" in keys:
+        config = compose(argv)
+        folder = Path(config.root) / config.name
+        rest = [a for a in argv if a.partition("=")[0] not in ("experiment", "name", "root", "run")]
+    else:
+        root = Path(keys.get("root", Config().root))
+        folder = Path(keys["run"]) if keys.get("run") else _last(root)
+        rest = [a for a in argv if a.partition("=")[0] not in ("root", "run")]
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run directory (config.yaml is missing); give run=FOLDER of a training run")
+    config = with_overrides(load_frozen(folder / "config.yaml"), rest)
+    return TrainedRun(folder, config, Artifacts.load(folder))
+
+
+def _last(root: Path) -> Path:
+    note = root / "last"
+    if not note.is_file():
+        raise UserError(f"nothing was trained under {root} yet; run `mmtrain train experiment=quickstart`, or give run=FOLDER")
+    return root / note.read_text().strip()
+
+
+def show_progress(sampler: Sampler, label: str) -> Any:
+    """A progress bar over the batches of a sampler, as a context manager."""
+    from rich.progress import Progress  # noqa: PLC0415
+
+    bar = Progress(transient=True)
+    task = bar.add_task(label, total=None)
+    sampler.progress = lambda done, total: bar.update(task, completed=done, total=total)
+    return bar
