@@ -8,9 +8,11 @@ import numpy as np
 from mmtrain.config import UserError
 from mmtrain.generate.sampling import SamplingSettings, sample_tokens
 from mmtrain.models import Cm3leon
+from mmtrain.objective.assemble import fit_retrieved
 from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 
+SPECIAL_TOKENS = 5  # at most: <eos> <sentinel> <break> before the picture, <eos> <sentinel> after it
 Progress = Callable[[int, int], None]
 
 
@@ -51,8 +53,9 @@ class Sampler:
         for index, caption in enumerate(captions):
             if not caption.strip():
                 raise UserError(f"prompt {index + 1} is empty; write a caption")
-            documents = retrieved[index] if retrieved else []
-            prompts.append(text_to_image_prompt(self._text_ids(caption), documents, v))
+            words = self._text_ids(caption)
+            documents = self._fitting(retrieved, index, len(words) + self.image.tokens_per_image)
+            prompts.append(text_to_image_prompt(words, documents, v))
             unconditional.append(unconditional_image_prompt(documents, v))
         samples = []
         for keys, rows in self._batches(len(prompts), num_samples):
@@ -85,11 +88,9 @@ class Sampler:
         allowed[v.text_start : v.text_end] = True
         allowed[v.eoss] = True
         codes = self.image.encode(pictures) + v.image_start
-        prompts = [
-            caption_prompt(np.asarray(code), retrieved[i] if retrieved else [], v) for i, code in enumerate(codes)
-        ]
-        longest = max(len(prompt) for prompt in prompts)
-        length = min(max_tokens, self.model.max_positions - longest)
+        needed = self.image.tokens_per_image + max_tokens
+        prompts = [caption_prompt(code, self._fitting(retrieved, i, needed), v) for i, code in enumerate(codes)]
+        length = min(max_tokens, self.model.max_positions - max(len(prompt) for prompt in prompts))
         samples = []
         for keys, rows in self._batches(len(prompts), num_samples):
             ids = sample_tokens(
@@ -106,6 +107,11 @@ class Sampler:
                 words = row[: int(np.argmax(row == v.eoss))] if (row == v.eoss).any() else row
                 samples.append(Sample(*key, text=self.text.decode((words - v.text_start).tolist())))
         return samples
+
+    def _fitting(self, retrieved: Sequence[list[np.ndarray]] | None, index: int, needed: int) -> list[np.ndarray]:
+        """The retrieved documents of a prompt that leave room for `needed` tokens and the specials around them."""
+        room = self.model.max_positions - needed - SPECIAL_TOKENS
+        return fit_retrieved(retrieved[index], room) if retrieved else []
 
     def _text_ids(self, caption: str) -> np.ndarray:
         return np.asarray(self.text.encode(caption), dtype=np.int64) + self.vocabulary.text_start

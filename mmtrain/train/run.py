@@ -11,15 +11,14 @@ import json
 import os
 import platform
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import freeze, load_frozen
+from mmtrain.track import redact
 
 # What may differ between the frozen config and a command that continues the run.
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "engine", "train.evaluate_every",
@@ -64,8 +63,11 @@ class Artifacts:
         return books | json.loads((self.tokens / "flops.json").read_text())
 
 
-def open_run(run_dir: Path, config: Config) -> None:
-    """Create the run directory, or check that this command continues the run that is there."""
+def open_run(run_dir: Path, config: Config, command: str) -> None:
+    """Create the run directory, or check that this command continues the run that is there.
+
+    command: the command line, kept in environment.json without secrets.
+    """
     frozen = run_dir / "config.yaml"
     if frozen.is_file():
         differences = _differences(load_frozen(frozen), config)
@@ -78,7 +80,8 @@ def open_run(run_dir: Path, config: Config) -> None:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     freeze(config, frozen)
-    write_text_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    facts = {"command": redact(command), **environment()}
+    write_text_atomic(run_dir / "environment.json", json.dumps(facts, indent=1))
 
 
 def environment() -> dict[str, Any]:
@@ -116,9 +119,7 @@ def _processor() -> str:
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Keys that differ and may not."""
-    flat_old, flat_new = _flatten(OmegaConf.to_container(OmegaConf.structured(old))), _flatten(
-        OmegaConf.to_container(OmegaConf.structured(new))
-    )
+    flat_old, flat_new = _flatten(asdict(old)), _flatten(asdict(new))
     return [
         (key, flat_old.get(key), flat_new.get(key))
         for key in sorted(flat_old.keys() | flat_new.keys())

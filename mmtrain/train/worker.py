@@ -95,7 +95,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         for kind, flops in artifacts.flops().items():
             run.ledger.book(kind, flops)
     if world.rank == 0:
-        repeated = run.ledger.recover(folder / "ledger.json") if checkpoint else 0
+        repeated = run.ledger.recover(folder / "ledger.json")
         announce(run, count_parameters(config.model, vocabulary.size, positions), repeated)
         run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
     return run

@@ -142,8 +142,5 @@ def evaluation(run: TrainedRun) -> dict[str, Any] | None:
 def commands(run: TrainedRun) -> list[str]:
     """What reproduces this run."""
     folder = os.path.relpath(run.folder)
-    return [
-        f"mmtrain train --config-file {folder}/config.yaml" if False else f"mmtrain train experiment={run.config.name}",
-        f"mmtrain generate run={folder}",
-        f"mmtrain report run={folder}",
-    ]
+    trained = json.loads((run.folder / "environment.json").read_text()).get("command")
+    return [*([trained] if trained else []), f"mmtrain generate run={folder}", f"mmtrain report run={folder}"]

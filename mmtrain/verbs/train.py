@@ -1,6 +1,7 @@
 """`mmtrain train`: prepare what is missing, then train; the same command again continues."""
 
 import os
+import shlex
 from pathlib import Path
 
 from mmtrain.config import UserError
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> int:
     config = compose(argv)
     check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name
-    open_run(run_dir, config)
+    open_run(run_dir, config, shlex.join(["mmtrain", "train", *argv]))
     artifacts = prepare(config)
     artifacts.save(run_dir)
     remember_run(Path(config.root), run_dir)
