@@ -26,8 +26,9 @@ VERSION = 1
 INFERENCE_BATCH = 128
 # Space-to-depth of the first layer: convolutions at full resolution would cost most of the time and see no more.
 STEM = 4
-ENCODER_BLOCKS = 1
-DECODER_BLOCKS = 2
+BLOCKS = 1
+# Each cell of the last grid draws 4x4 pixels with sharp edges: a wide hidden layer there buys more than depth.
+HEAD_EXPANSION = 6
 
 
 class Residual(nn.Module):
@@ -55,7 +56,7 @@ def build_encoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential
     channels = _channels(width, factor)
     layers: list[nn.Module] = [nn.PixelUnshuffle(factor), nn.Conv2d(3 * factor**2, channels, 3, padding=1)]
     while True:
-        layers += [Residual(channels) for _ in range(ENCODER_BLOCKS)]
+        layers += [Residual(channels) for _ in range(BLOCKS)]
         if factor == downsample:
             break
         factor *= 2
@@ -72,7 +73,7 @@ def build_decoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential
     channels = _channels(width, factor)
     layers: list[nn.Module] = [nn.Conv2d(latent_dim, channels, 3, padding=1)]
     while True:
-        layers += [Residual(channels) for _ in range(DECODER_BLOCKS)]
+        layers += [Residual(channels) for _ in range(BLOCKS)]
         if factor <= STEM:
             break
         factor //= 2
@@ -80,7 +81,9 @@ def build_decoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential
         # Sub-pixel convolution (Shi et al. 2016): convolves at the low resolution, a quarter of the cost.
         layers += [nn.Conv2d(channels, 4 * narrower, 3, padding=1), nn.PixelShuffle(2)]
         channels = narrower
-    layers += [nn.SiLU(), nn.Conv2d(channels, 3 * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
+    wide = HEAD_EXPANSION * channels
+    layers += [nn.SiLU(), nn.Conv2d(channels, wide, 3, padding=1)]
+    layers += [nn.SiLU(), nn.Conv2d(wide, 3 * factor**2, 1), nn.PixelShuffle(factor)]
     return nn.Sequential(*layers)
 
 
@@ -104,14 +107,16 @@ def build_quantizer(config: ImageTokenizerConfig) -> tuple[nn.Module, int, int]:
         )
         return quantizer, config.codebook_size, config.latent_dim
     if config.quantizer == "vq":
-        quantizer = VectorQuantize(
+        # Codes on the unit sphere (Yu et al. 2022, ViT-VQGAN) learn faster here than Euclidean ones.
+        codebook = VectorQuantize(
             config.latent_dim,
             config.codebook_size,
-            decay=0.99,
+            use_cosine_sim=True,
+            decay=0.9,
             threshold_ema_dead_code=2,
             commitment_weight=0.25,
         )
-        return quantizer, config.codebook_size, config.latent_dim
+        return codebook, config.codebook_size, config.latent_dim
     raise UserError(f"image_tokenizer.quantizer={config.quantizer}: choose fsq, vq or lfq")
 
 

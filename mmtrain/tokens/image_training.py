@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image as PillowImage
 from torch import Tensor
 
@@ -21,6 +22,8 @@ Progress = Callable[[int, dict], None]
 WARMUP_FRACTION = 0.05
 L2_WEIGHT = 1.0
 EDGE_WEIGHT = 0.5
+DETAIL_WEIGHT = 16.0
+DETAIL_WINDOW = 9  # pixels, odd
 AUXILIARY_WEIGHT = 1.0
 CLIP = 1.0
 REPORT_EVERY = 20
@@ -110,13 +113,30 @@ def _batches(num_images: int, config: ImageTokenizerConfig) -> Iterator[np.ndarr
 
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """L1 + squared error + L1 of the horizontal and vertical differences (edges).
+    """L1 + squared error + L1 of the horizontal and vertical differences (edges), weighted by local detail.
 
     Both (N, 3, S, S) float32 in [-1, 1]; returns a scalar.
     """
+    weight = detail_weight(target)
     error = reconstruction - target
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + L2_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
+    rows = (error.diff(dim=2).abs() * weight[:, :, 1:]).mean()
+    columns = (error.diff(dim=3).abs() * weight[:, :, :, 1:]).mean()
+    pixels = ((error.abs() + L2_WEIGHT * error.square()) * weight).mean()
+    return pixels + EDGE_WEIGHT * (rows + columns)
+
+
+def detail_weight(target: Tensor) -> Tensor:
+    """(N, 1, S, S) float32 with mean 1: high where the picture varies, so that flat ground does not set the pace.
+
+    1 + DETAIL_WEIGHT x the standard deviation of the colors in a window around the pixel. target as above.
+    """
+
+    def smooth(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, DETAIL_WINDOW, stride=1, padding=DETAIL_WINDOW // 2, count_include_pad=False)
+
+    variance = (smooth(target.square()) - smooth(target).square()).clamp_min(0).sum(dim=1, keepdim=True)
+    weight = 1 + DETAIL_WEIGHT * variance.sqrt()
+    return weight / weight.mean()
 
 
 def measure(tokenizer: ImageTokenizer, held_out: np.ndarray) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mmtrain.config import Config, UserError, build_artifact
 from mmtrain.models import Cm3leon, build_model
 
 MANIFEST = "MANIFEST.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT_VERSION = 1
 NAME = re.compile(r"step-(\d{8})")
 
@@ -40,9 +41,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, parameters: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: dict[str, Any], keep: int
+    folder: Path,
+    parameters: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep`; raises UserError when the disk is too small."""
+    """Write `folder/step-N` and drop all but the newest `keep` up to it.
+
+    Raises UserError when the disk is too small or fails; what was there before is then still there.
+    """
     tensors = [*parameters.values(), *moments.values()]
     needed = sum(t.numel() * t.element_size() for t in tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,14 +65,22 @@ def save_checkpoint(
         save_file(parameters, partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}))
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
+        sizes = {name: (partial / name).stat().st_size for name in FILES}
+        files = {name: {"bytes": size, "sha256": _sha256(partial / name)} for name, size in sizes.items()}
         (partial / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
 
     final = folder / f"step-{state['step']:08d}"
     if final.exists():
         shutil.rmtree(final)
-    build_artifact(final, build)
-    for old in _candidates(folder)[keep:]:
+    try:
+        build_artifact(final, build)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {final} could not be written ({error}); free some space or move root=, then run the same "
+            "command again"
+        ) from error
+    # A newer one is one that this run could not read; it must not push out the one just written.
+    for old in [path for path in _candidates(folder) if path.name <= final.name][keep:]:
         shutil.rmtree(old)
     return final
 
@@ -72,14 +88,14 @@ def save_checkpoint(
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify every file against the manifest; raises UserError naming the file that does not match."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, entry in manifest["files"].items():
-            file = path / name
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name in FILES:
+            file, entry = path / name, files[name]
             if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not what its manifest says; delete the folder")
         return Checkpoint(path, json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path} is incomplete or damaged ({error}); delete the folder") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is incomplete or damaged ({error!r}); delete the folder") from error
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -78,13 +78,19 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=torch.cuda.is_available())
 
 
+def clip_gradients(parameters: TensorDict, clip: float) -> Tensor:
+    """Scale the gradients down to the norm `clip` (0: never); returns their norm before."""
+    return nn.utils.clip_grad_norm_(parameters.values(), clip if clip > 0 else float("inf"))
+
+
 def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON, every setting that matters explicit."""
     bf16 = config.engine.dtype == "bf16"
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip,
+        # At stage 0 we clip: DeepSpeed does not tell the norm there, and fails where a step has no gradients.
+        "gradient_clipping": config.optim.clip if config.engine.stage else 0.0,
         "prescale_gradients": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
@@ -113,7 +119,7 @@ class DeepSpeedEngine:
         # On CPU DeepSpeed compiles a shared-memory reduction at the first start: a minute, and a hang forever
         # behind its lock file when that compilation was once killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.world = world
+        self.world, self.clip = world, config.optim.clip
         micro_batch = config.stream.global_batch // world.size // accumulation
         # It prints its memory at every stage of the set-up, whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -138,8 +144,15 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> Tensor | float | None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if not self._plain():
+            self.engine.step()
+            return self.engine.get_global_grad_norm()
+        # Stage 0 knows no overflow check: without gradients the update changes nothing.
+        norm = clip_gradients(self.parameters, self.clip)
+        if not torch.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
         self.engine.step()
-        return self.engine.get_global_grad_norm()
+        return norm
 
     def state(self) -> tuple[TensorDict, TensorDict]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
@@ -254,8 +267,7 @@ class DdpEngine:
     def step(self, lr: float) -> Tensor | float | None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        limit = self.clip if self.clip > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = clip_gradients(self.parameters, self.clip)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

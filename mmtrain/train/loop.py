@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmtrain.config import Config, fingerprint
+from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
 from mmtrain.stream import Batch, BatchCounts, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
@@ -145,6 +145,7 @@ def save(run: Run) -> None:
     """Write a checkpoint of this step (rank 0 writes, all ranks take part)."""
     parameters, moments = run.engine.state()
     lanes = run.world.gather(run.stream.state(run.step - 1, run.world.rank, run.world.size))
+    failure = None
     if run.world.rank == 0:
         state = {
             "step": run.step,
@@ -155,9 +156,15 @@ def save(run: Run) -> None:
             "model": fingerprint(run.config.model),
             "run_id": run.run_id,
         }
-        save_checkpoint(run.folder / "checkpoints", parameters, moments, state, run.config.train.keep_checkpoints)
-        run.ledger.save(run.folder / "ledger.json")
-    run.world.barrier()
+        try:
+            save_checkpoint(run.folder / "checkpoints", parameters, moments, state, run.config.train.keep_checkpoints)
+            run.ledger.save(run.folder / "ledger.json")
+        except UserError as error:
+            failure = str(error)
+    # Also a barrier: no rank goes on, or waits for one that has failed.
+    failure = run.world.gather(failure)[0]
+    if failure:
+        raise UserError(failure)
 
 
 def restore(run: Run, checkpoint: Checkpoint, parameters: dict[str, Any], moments: dict[str, Any]) -> None:

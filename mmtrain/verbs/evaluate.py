@@ -1,16 +1,24 @@
 """`mmtrain evaluate`: measure a run on held-out data."""
 
 import json
+import math
 import os
 from dataclasses import asdict
+from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import encode_png
 from mmtrain.evaluate import Proportion, evaluate_shapes
-from mmtrain.track import closing_box, read_metrics
+from mmtrain.flops import forward_flops
+from mmtrain.tokens import MODALITIES
+from mmtrain.track import closing_box
+from mmtrain.train.loop import model_inputs
+from mmtrain.train.worker import open_stream
 from mmtrain.verbs.generate import picture_grid
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
@@ -20,7 +28,7 @@ GRID = 32
 def main(argv: list[str]) -> int:
     """Run the task, print a table, keep RUN/evaluation-TASK.json."""
     run = open_trained(argv)
-    return evaluate_run_on_shapes(run) if run.config.task.name == "shapes" else show_losses(run)
+    return evaluate_run_on_shapes(run) if run.config.task.name == "shapes" else evaluate_run_on_loss(run)
 
 
 def evaluate_run_on_shapes(run: TrainedRun) -> int:
@@ -57,22 +65,37 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
     write_text_atomic(path, json.dumps(record, indent=1))
     guided = 2 if task.guidance != 1 else 1
     length = run.image.tokens_per_image + 40
-    run.book_sampling("evaluation", guided * len(result.drawn) + len(result.written), length)
+    lengths = [length] * (guided * len(result.drawn) + len(result.written))
+    run.book("evaluation", forward_flops(run.config.model, run.vocabulary.size, lengths))
     closing_box("evaluated", {"numbers": os.path.relpath(path), "pictures": os.path.relpath(folder)})
     return 0
 
 
-def show_losses(run: TrainedRun) -> int:
-    """The last validation losses of the run, by modality."""
-    rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row.get("val_loss") is not None]
-    table = Table("tokens", "validation loss (nats)", title=f"{run.folder.name}, step {rows[-1]['step'] if rows else 0}")
-    last = rows[-1] if rows else {}
-    for name in ("val_loss", "val_loss_text", "val_loss_image", "val_loss_special"):
-        if last.get(name) is not None:
-            table.add_row(name.removeprefix("val_loss").strip("_") or "all", f"{last[name]:.4f}")
+def evaluate_run_on_loss(run: TrainedRun) -> int:
+    """Cross entropy by modality on the run's validation batches, measured from the checkpoint."""
+    config = run.config
+    stream = open_stream(config, run.artifacts, run.vocabulary, "validation")
+    model = run.sampler.model
+    sums = torch.zeros(len(MODALITIES), 2, dtype=torch.float64)
+    batches = max(1, config.train.evaluate_batches)
+    tokens, flops = 0, 0
+    with torch.inference_mode():
+        for step in track(range(batches), "measuring", transient=True):
+            batch, counts = stream.prepare(step)
+            inputs = model_inputs(batch, run.vocabulary, next(model.parameters()).device)
+            sums += model(**inputs).by_modality.cpu()
+            tokens += sum(counts.tokens.values())
+            flops += forward_flops(config.model, run.vocabulary.size, counts.lengths.tolist())
+    table = Table("tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}")
+    record: dict[str, Any] = {"checkpoint": run.checkpoint.path.name, "batches": batches, "tokens": tokens}
+    for name, (loss, count) in zip(("all", *MODALITIES), (sums.sum(0).tolist(), *sums.tolist()), strict=True):
+        if count:
+            table.add_row(name, f"{loss / count:.4f}", f"{loss / count / math.log(2):.4f}", f"{count:,.0f}")
+            record[name] = loss / count
     Console().print(table)
     path = run.folder / "evaluation-loss.json"
-    write_text_atomic(path, json.dumps(last, indent=1))
+    write_text_atomic(path, json.dumps(record, indent=1))
+    run.book("evaluation", flops)
     closing_box("evaluated", {"numbers": os.path.relpath(path)})
     return 0
 

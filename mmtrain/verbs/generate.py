@@ -11,6 +11,7 @@ from PIL import ImageDraw
 
 from mmtrain.config import UserError, write_text_atomic
 from mmtrain.documents import BadImage, decode_square, image_from_bytes
+from mmtrain.flops import forward_flops
 from mmtrain.generate import SamplingSettings
 from mmtrain.track import closing_box
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
@@ -58,7 +59,9 @@ def draw(run: TrainedRun, out: Path) -> list[dict]:
     picture_grid(rows, captions).save(out / "grid.png")
     guided = 2 if g.guidance != 1 else 1
     longest = run.sampler.image.tokens_per_image + max(len(run.text.encode(c)) for c in captions) + 2
-    run.book_sampling("sampling", guided * len(samples), longest + sum(len(r) for r in (retrieved or [[]])[0]))
+    longest += max(sum(len(ids) + 1 for ids in documents) for documents in retrieved) if retrieved else 0
+    lengths = [longest] * (guided * len(samples))
+    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, lengths))
     return records
 
 
@@ -78,7 +81,8 @@ def caption(run: TrainedRun) -> list[dict]:
         samples = run.sampler.captions(np.stack(pictures), settings, g.seed, g.num_samples, g.max_text_tokens, retrieved)
     for sample in samples:
         print(f"{names[sample.prompt]}: {sample.text}")
-    run.book_sampling("sampling", len(samples), run.image.tokens_per_image + g.max_text_tokens)
+    lengths = [run.image.tokens_per_image + g.max_text_tokens] * len(samples)
+    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, lengths))
     return [{"prompt": names[s.prompt], "number": s.number, "text": s.text} for s in samples]
 
 

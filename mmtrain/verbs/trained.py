@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track as progress_bar
+from rich.progress import Progress
 
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose, load_frozen, with_overrides
 from mmtrain.documents import Document
-from mmtrain.flops import Ledger, forward_flops
+from mmtrain.flops import Ledger
 from mmtrain.generate import Sampler
 from mmtrain.retrieval import Memory
 from mmtrain.shards import DocumentShards, TokenShards
@@ -21,7 +20,7 @@ from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 from mmtrain.train.checkpoint import Checkpoint, latest_checkpoint, load_model, read_checkpoint
 from mmtrain.train.run import Artifacts
 
-__all__ = ["TrainedRun", "open_trained", "progress_bar"]
+__all__ = ["TrainedRun", "open_trained", "show_progress"]
 
 
 @dataclass
@@ -93,11 +92,11 @@ class TrainedRun:
         # Best last: nearest to the query, where training placed nothing better.
         return [[self.memory_tokens.tokens(i) for i in reversed(indices)] for indices in found]
 
-    def book_sampling(self, kind: str, num_sequences: int, length: int) -> None:
-        """Book `num_sequences` sampled sequences of `length` tokens in the run's ledger."""
+    def book(self, kind: str, flops: int) -> None:
+        """Book FLOPs in the run's ledger."""
         path = self.folder / "ledger.json"
         ledger = Ledger.read(path)
-        ledger.book(kind, forward_flops(self.config.model, self.vocabulary.size, [length] * num_sequences))
+        ledger.book(kind, flops)
         ledger.save(path)
 
 
@@ -125,10 +124,8 @@ def _last(root: Path) -> Path:
     return root / note.read_text().strip()
 
 
-def show_progress(sampler: Sampler, label: str) -> Any:
+def show_progress(sampler: Sampler, label: str) -> Progress:
     """A progress bar over the batches of a sampler, as a context manager."""
-    from rich.progress import Progress  # noqa: PLC0415
-
     bar = Progress(transient=True)
     task = bar.add_task(label, total=None)
     sampler.progress = lambda done, total: bar.update(task, completed=done, total=total)

@@ -35,7 +35,7 @@ def test_training_improves_reconstructions(tmp_path, quantizer):
     changes = {"quantizer": quantizer, "codebook_size": 256, "latent_dim": 8}
     before, _ = train(tmp_path / "a", 1, **changes)
     after, seen = train(tmp_path / "b", 120, **changes)
-    assert after["psnr"] > before["psnr"] + 3
+    assert after["psnr"] > before["psnr"] + 2
     assert seen[-1][0] == 120 and seen[-1][1]["loss"] < seen[0][1]["loss"]
 
 

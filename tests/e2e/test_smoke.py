@@ -1,0 +1,185 @@
+"""What a run leaves behind, and what can be done with it, through the real command line."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmtrain import cli
+from mmtrain.tokens import MODALITIES
+from mmtrain.track import read_metrics
+from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def here(smoke: Smoke, monkeypatch: pytest.MonkeyPatch) -> Smoke:
+    """The folder that the run was made in is the current one."""
+    monkeypatch.chdir(smoke.folder)
+    return smoke
+
+
+def test_it_trains_without_a_network(smoke: Smoke, need_command) -> None:
+    need_command("unshare")
+    if not smoke.network_was_cut:
+        pytest.skip("this machine does not let us make a network namespace")
+    assert list((smoke.run / "wandb").glob("offline-run-*"))
+    assert "wandb sync" in smoke.output
+
+
+def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None:
+    assert "DeepSpeed ZeRO-1, bf16, 2 x cpu" in smoke.output
+    rows = read_metrics(smoke.run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    assert rows[-1]["val_loss"] < rows[2]["val_loss"] - 0.2
+    assert all(row[f"loss_{name}"] > 0 for row in rows for name in MODALITIES)
+    assert all(0 < row["mfu_causal"] < row["hfu"] < 1.5 for row in rows)
+
+
+def test_only_the_newest_checkpoints_are_kept(smoke: Smoke) -> None:
+    names = sorted(path.name for path in (smoke.run / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (STEPS - CHECKPOINT_EVERY, STEPS)]
+
+
+def test_the_run_directory_tells_how_it_was_made(smoke: Smoke) -> None:
+    facts = json.loads((smoke.run / "environment.json").read_text())
+    assert facts["command"] == " ".join(["mmtrain", "train", *SETTINGS])
+    assert facts["packages"]["torch"]
+    assert "steps: 60" in (smoke.run / "config.yaml").read_text()
+
+
+def test_plain_webdataset_reads_the_shards(smoke: Smoke) -> None:
+    import webdataset
+
+    (shard,) = smoke.folder.glob("data/shapes/documents-*/train/shard-000000.tar")
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgb8"))
+    assert len(samples) == 64
+    assert all(sample["0.png"].shape == (32, 32, 3) and sample["json"]["texts"][0] for sample in samples)
+    (shard,) = smoke.folder.glob("data/shapes/tokens-*/train/shard-000000.tar")
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode())
+    assert len(samples) == 64 and all(sample["npy"].ndim == 1 for sample in samples)
+
+
+def test_another_configuration_under_the_same_name_is_refused(here: Smoke, capsys) -> None:
+    frozen = (here.run / "config.yaml").read_text()
+    assert cli.main(["train", *SETTINGS, "model.layers=3"]) == 2
+    assert "holds a run with model.layers=2, this command says 3" in capsys.readouterr().err
+    assert (here.run / "config.yaml").read_text() == frozen
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(here: Smoke, capsys) -> None:
+    assert cli.main(["train", *SETTINGS, "name=odd", "stream.global_batch=5"]) == 2
+    assert "stream.global_batch=5 does not divide into 2 ranks" in capsys.readouterr().err
+    assert not (here.folder / "runs" / "odd").exists()
+
+
+def test_generate_draws_pictures_of_the_right_size_and_the_same_ones_again(here: Smoke) -> None:
+    words = ["generate", "generate.prompts=[a red circle,two squares]", "generate.num_samples=2"]
+    for out in ("one", "two"):
+        assert cli.main([*words, f"generate.out={out}"]) == 0
+    record = json.loads(Path("one/samples.json").read_text())
+    assert record["checkpoint"] == f"smoke/step-{STEPS:08d}"
+    assert [sample["prompt"] for sample in record["samples"]] == ["a red circle"] * 2 + ["two squares"] * 2
+    for sample in record["samples"]:
+        pixels = np.asarray(Image.open(Path("one", sample["file"])))
+        assert pixels.shape == (32, 32, 3)
+        assert np.array_equal(pixels, np.asarray(Image.open(Path("two", sample["file"]))))
+    assert Path("one/grid.png").is_file()
+
+
+def test_generate_captions_a_picture_file(here: Smoke, capsys) -> None:
+    Image.new("RGB", (50, 40), "red").save("mine.png")
+    words = ["generate", "generate.task=caption", "generate.num_samples=1", "generate.out=said"]
+    assert cli.main([*words, "generate.prompts=[mine.png]"]) == 0
+    (sample,) = json.loads(Path("said/samples.json").read_text())["samples"]
+    assert sample["prompt"] == "mine.png"
+    assert f"mine.png: {sample['text']}" in capsys.readouterr().out
+
+    Path("text.png").write_text("no picture")
+    for name in ("text.png", "missing.png"):
+        assert cli.main([*words, f"generate.prompts=[{name}]"]) == 2
+        assert f"picture {name} cannot be read" in capsys.readouterr().err
+
+
+def test_generate_names_what_is_wrong_with_a_prompt(here: Smoke, capsys) -> None:
+    assert cli.main(["generate", "generate.prompts=['  ']"]) == 2
+    assert "prompt 1 is empty" in capsys.readouterr().err
+    assert cli.main(["generate", f"generate.prompts=[{'very long ' * 100}]"]) == 2
+    assert "exceed the model's 128 positions" in capsys.readouterr().err
+    assert cli.main(["generate", "generate.checkpoint=step-00000007"]) == 2
+    assert "step-00000007" in capsys.readouterr().err
+
+
+def test_sampling_and_evaluation_are_booked(here: Smoke) -> None:
+    def books() -> dict[str, int]:
+        return json.loads((here.run / "ledger.json").read_text())["flops"]
+
+    before = books()
+    assert cli.main(["generate", "generate.prompts=[a]", "generate.num_samples=1", "generate.out=booked"]) == 0
+    assert cli.main(["evaluate", "task=loss"]) == 0
+    after = books()
+    grown = {kind for kind in after if after[kind] > before[kind]}
+    assert grown == {"sampling", "evaluation"}
+
+
+def test_evaluate_loss_agrees_with_the_validation_of_the_training(here: Smoke) -> None:
+    assert cli.main(["evaluate", "task=loss"]) == 0
+    found = json.loads((here.run / "evaluation-loss.json").read_text())
+    row = read_metrics(here.run / "metrics.jsonl")[-1]
+    assert all(abs(found[name] - row[f"val_loss_{name}"]) < 0.01 for name in MODALITIES)
+
+
+def test_evaluate_shapes_grades_every_picture_and_caption(here: Smoke) -> None:
+    assert cli.main(["evaluate", "task=shapes", "task.num_prompts=4", "task.num_captions=4"]) == 0
+    results = json.loads((here.run / "evaluation-shapes.json").read_text())
+    pictures = results["results"]["pictures"]
+    assert pictures["background"]["total"] == 4
+    assert all(p["low"] <= p["share"] <= p["high"] for shares in results["results"].values() for p in shares.values())
+    assert len(results["captions"]) == 4
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(here: Smoke) -> None:
+    assert cli.main(["report", "generate.num_samples=1"]) == 0
+    page = (here.run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") > 10
+    loaded = re.findall(r"""(?:src|srcset)\s*=\s*["']?(?!data:)[^"'> ]+|<link[^>]*>|@import|url\((?!["']?data:)""", page)
+    assert loaded == []
+    assert "mmtrain train experiment=smoke" in page
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(here: Smoke, capsys) -> None:
+    copy = here.folder / "runs" / "foreign"
+    shutil.copytree(here.run, copy)
+    state = copy / "checkpoints" / f"step-{STEPS:08d}" / "state.json"
+    text = state.read_text()
+    state.write_text(re.sub(r'("vocabulary": ")[0-9a-f]{12}(", "model")', r"\g<1>000000000000\2", text))
+    # A checkpoint of another run, whole in itself: its manifest fits.
+    manifest = state.with_name("MANIFEST.json")
+    content = json.loads(manifest.read_text())
+    content["files"]["state.json"] = {
+        "bytes": state.stat().st_size,
+        "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(content))
+    assert text != state.read_text()
+    assert cli.main(["generate", "run=runs/foreign", "generate.prompts=[a]"]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_run_as_it_was(smoke: Smoke) -> None:
+    """A real limit on the size of files; training stops at the first checkpoint, which nobody can see later."""
+    limit = ("prlimit", "--fsize=100000")
+    words = ("train", *SETTINGS, "name=full", "engine.ranks=1", "track.wandb=disabled")
+    done = mmtrain(*words, cwd=smoke.folder, before=limit)
+    assert done.returncode == 2, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("mmtrain: ")]
+    assert "Traceback" not in done.stderr
+    assert len(sentences) == 2 and "checkpoint" in sentences[0]
+    assert list((smoke.folder / "runs" / "full" / "checkpoints").glob("[!.]*")) == []

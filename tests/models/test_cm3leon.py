@@ -1,0 +1,216 @@
+"""The decoder against an independent float64 computation, and what it must never look at."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmtrain.config import ModelConfig
+from mmtrain.config.compose import compose
+from mmtrain.models import Cm3leon, build_model, count_parameters
+
+VOCABULARY, POSITIONS = 90, 40
+
+
+def small(**changes: object) -> ModelConfig:
+    settings = {"layers": 3, "width": 24, "heads": 3, "init_std": 0.2, "position_init_std": 0.2}
+    return ModelConfig(**(settings | {"zero_init_outputs": False} | changes))
+
+
+def build(config: ModelConfig, seed: int = 0) -> Cm3leon:
+    model = build_model(config, VOCABULARY, POSITIONS)
+    model.initialize(seed)
+    return model
+
+
+def packed_batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two rows: documents of 9, 1 and 14 tokens and 4 of padding; one document of 28."""
+    rng = np.random.default_rng(seed)
+    document = np.array([[0] * 9 + [1] + [2] * 14 + [-1] * 4, [0] * 28])
+    position = np.array([[*range(9), 0, *range(14), 0, 0, 0, 0], [*range(28)]])
+    weight = rng.choice([0.0, 0.5, 1.0, 2.0], document.shape) * (document >= 0)
+    return {
+        "tokens": torch.tensor(rng.integers(0, VOCABULARY, document.shape)),
+        "targets": torch.tensor(rng.integers(0, VOCABULARY, document.shape)),
+        "document": torch.tensor(document, dtype=torch.int32),
+        "position": torch.tensor(position, dtype=torch.int32),
+        "loss_weight": torch.tensor(weight, dtype=torch.float32),
+        "modality": torch.tensor(rng.integers(0, 3, document.shape)),
+    }
+
+
+def naive_logits(model: Cm3leon, tokens: np.ndarray) -> np.ndarray:
+    """(n, V) float64 logits of one document by loops over heads and positions, from the paper's description."""
+    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    c = model.config
+
+    def norm(x: np.ndarray) -> np.ndarray:
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_eps)
+
+    gelu = np.vectorize(lambda value: 0.5 * value * (1 + math.erf(value / math.sqrt(2))))
+    head_size = c.width // c.heads
+    x = weights["token_embedding.weight"][tokens] + weights["position_embedding.weight"][: len(tokens)]
+    for layer in range(c.layers):
+        at = f"blocks.{layer}."
+        q, k, v = np.split(norm(x) @ weights[at + "attention.qkv.weight"].T, 3, axis=-1)
+        attended = np.zeros_like(x)
+        for head in range(c.heads):
+            part = slice(head * head_size, (head + 1) * head_size)
+            for s in range(len(tokens)):
+                scores = k[: s + 1, part] @ q[s, part] / math.sqrt(head_size)
+                weight = np.exp(scores - scores.max())
+                attended[s, part] = weight / weight.sum() @ v[: s + 1, part]
+        x = x + attended @ weights[at + "attention.out.weight"].T
+        hidden = norm(x) @ weights[at + "ffn_in.weight"].T
+        hidden = np.maximum(hidden, 0) if c.activation == "relu" else gelu(hidden)
+        x = x + hidden @ weights[at + "ffn_out.weight"].T
+    head = "token_embedding.weight" if c.tie_embeddings else "head.weight"
+    return norm(x) @ weights[head].T
+
+
+def documents_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]:
+    """(row, columns) of every document."""
+    ids = batch["document"].numpy()
+    return [(row, np.flatnonzero(ids[row] == d)) for row in range(len(ids)) for d in range(ids[row].max() + 1)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu", "tie_embeddings": False, "ffn_width": 40}])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_loss_is_that_of_a_naive_float64_computation(changes: dict, z_loss: float) -> None:
+    model, batch = build(small(z_loss=z_loss, **changes)), packed_batch()
+    total, by_modality = 0.0, np.zeros((3, 2))
+    for row, columns in documents_of(batch):
+        field = {name: tensor[row].numpy()[columns] for name, tensor in batch.items()}
+        logits = naive_logits(model, field["tokens"])
+        log_z = np.log(np.exp(logits).sum(-1))
+        loss = log_z - logits[np.arange(len(columns)), field["targets"]]
+        total += float(((loss + z_loss * log_z**2) * field["loss_weight"]).sum())
+        for t in np.flatnonzero(field["loss_weight"]):
+            by_modality[field["modality"][t]] += loss[t], 1
+    sums = model(**batch)
+    assert sums.total.dtype == torch.float32
+    assert sums.total.item() == pytest.approx(total, rel=1e-5)
+    np.testing.assert_allclose(sums.by_modality.numpy(), by_modality, rtol=1e-5)
+    assert not sums.by_modality.requires_grad
+
+
+def test_packed_documents_never_see_each_other() -> None:
+    """Bit for bit: what other documents of the row hold changes nothing."""
+    model, batch = build(small()), packed_batch()
+    before = model.logits(batch["tokens"], batch["document"], batch["position"])
+    for row, columns in documents_of(batch)[:3]:
+        others = torch.ones_like(batch["tokens"], dtype=torch.bool)
+        others[row, columns] = False
+        changed = torch.where(others, (batch["tokens"] + 7) % VOCABULARY, batch["tokens"])
+        after = model.logits(changed, batch["document"], batch["position"])
+        assert torch.equal(after[row, columns], before[row, columns])
+        assert not torch.equal(after, before)
+
+
+def test_no_gradient_flows_into_another_document_or_the_future() -> None:
+    model, batch = build(small()), packed_batch()
+    embedded = []
+    model.token_embedding.register_forward_hook(lambda _, __, output: embedded.append(output) or output.retain_grad())
+    logits = model.logits(batch["tokens"], batch["document"], batch["position"])
+    logits[0, 15].sum().backward()
+    reached = torch.nonzero(embedded[0].grad.abs().sum(-1))
+    assert reached.tolist() == [[0, column] for column in range(10, 16)]
+
+
+def test_a_packed_document_has_the_logits_it_has_alone() -> None:
+    model, batch = build(small()), packed_batch()
+    packed = model.logits(batch["tokens"], batch["document"], batch["position"])
+    for row, columns in documents_of(batch):
+        tokens = batch["tokens"][row, columns][None]
+        alone = model.logits(tokens, torch.zeros_like(tokens), torch.arange(len(columns))[None])
+        torch.testing.assert_close(packed[row, columns], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 55, 56])
+def test_the_chunked_head_changes_neither_loss_nor_gradient(chunk: int) -> None:
+    def step(loss_chunk: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        model = build(small(loss_chunk=loss_chunk, z_loss=0.01))
+        sums = model(**packed_batch())
+        (sums.total / 50).backward()
+        return sums.total, sums.by_modality, {name: p.grad for name, p in model.named_parameters()}
+
+    total, by_modality, gradients = step(chunk)
+    expected_total, expected_by_modality, expected_gradients = step(10**6)
+    torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(by_modality, expected_by_modality, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(small(activation_checkpointing=checkpointing))
+        model(**packed_batch()).total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_decoding_with_the_cache_gives_the_logits_of_the_whole_sequence() -> None:
+    model = build(small())
+    tokens = packed_batch()["tokens"]
+    batch, length = tokens.shape
+    position = torch.arange(length).expand(batch, length)
+    whole = model.logits(tokens, torch.zeros_like(tokens), position)
+    causal = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    cache = model.new_cache(batch, length)
+    end = 0
+    for size in (5, 1, 1, 9, 1, 11):
+        start, end = end, end + size
+        logits = model.decode(tokens[:, start:end], position[:, start:end], causal[:, :, start:end, :end], cache)
+        torch.testing.assert_close(logits, whole[:, end - 1], rtol=1e-5, atol=1e-5)
+    assert cache.length == end == length
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("cm3leon_350m", 0.37e9), ("cm3leon_760m", 0.79e9), ("cm3leon_7b", 6.73e9)]
+)
+def test_the_published_sizes_have_the_published_numbers_of_parameters(name: str, published: float) -> None:
+    """arXiv 2309.02591, table 3, with the 66k vocabulary of the released code and tied embeddings."""
+    model = compose([f"model={name}"]).model
+    vocabulary = 66_048
+    parameters = count_parameters(model, vocabulary, 4096)
+    assert round(parameters, -7) == published
+    # 12 d^2 per block and no bias or norm parameter.
+    assert parameters == 12 * model.layers * model.width**2 + (vocabulary + 4096) * model.width
+
+
+def test_a_tied_head_is_counted_once_and_an_untied_one_twice() -> None:
+    tied, untied = (count_parameters(small(tie_embeddings=tie), VOCABULARY, POSITIONS) for tie in (True, False))
+    assert untied - tied == VOCABULARY * 24
+
+
+def test_initialization_follows_the_paper() -> None:
+    config = ModelConfig(layers=2, width=256, heads=4)
+    model = build_model(config, 2000, 1500)
+    model.initialize(3)
+    weights = dict(model.named_parameters())
+    # A normal cut at 3 sigma has a standard deviation of 0.9866 sigma.
+    for name in ("token_embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.ffn_in.weight"):
+        assert weights[name].std().item() == pytest.approx(0.9866 * 0.006, rel=0.01)
+        assert weights[name].mean().item() == pytest.approx(0, abs=1e-4)
+        assert 0.9 * 0.018 < weights[name].abs().max().item() <= 0.018
+    assert weights["position_embedding.weight"].std().item() == pytest.approx(0.9866 * 0.0002, rel=0.01)
+    for block in range(2):
+        assert not weights[f"blocks.{block}.attention.out.weight"].any()
+        assert not weights[f"blocks.{block}.ffn_out.weight"].any()
+
+
+def test_the_seed_decides_the_initialization() -> None:
+    def flat(seed: int) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in build(small(), seed).parameters()])
+
+    assert torch.equal(flat(1), flat(1))
+    assert not torch.equal(flat(1), flat(2))
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = build(small(tie_embeddings=False))
+    model(**packed_batch()).total.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())

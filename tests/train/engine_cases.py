@@ -1,0 +1,187 @@
+"""Every engine on the same few steps, for test_engine.py; importing DeepSpeed is slow, so one process does all.
+
+    torchrun --nproc_per_node 2 engine_cases.py OUT   trains, resumes and saves; writes OUT/world-2.json
+    torchrun --nproc_per_node 1 engine_cases.py OUT   continues on one rank what two have saved
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmtrain.config import Config
+from mmtrain.models import Cm3leon, build_model
+from mmtrain.train.distributed import World, start_world
+from mmtrain.train.engine import Engine, build_engine
+
+VOCABULARY, ROWS, LENGTH = 256, 8, 32
+HALF, STEPS = 3, 6
+FP32 = {"ddp": ("ddp", 0, "fp32")} | {f"zero{stage}": ("deepspeed", stage, "fp32") for stage in range(4)}
+BF16 = {"ddp-bf16": ("ddp", 0, "bf16")} | {f"zero{stage}-bf16": ("deepspeed", stage, "bf16") for stage in (1, 2, 3)}
+State = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def configure(kind: str, stage: int, dtype: str) -> Config:
+    """A small model whose gradients are large enough to be clipped at every step."""
+    config = Config()
+    config.engine.kind, config.engine.stage, config.engine.dtype = kind, stage, dtype
+    config.model.layers, config.model.width, config.model.heads = 2, 32, 2
+    config.model.init_std, config.model.zero_init_outputs = 0.05, False
+    config.stream.global_batch, config.stream.sequence_length = ROWS, LENGTH
+    config.optim.clip = 0.2
+    return config
+
+
+def new_model(config: Config) -> Cm3leon:
+    model = build_model(config.model, VOCABULARY, LENGTH)
+    model.initialize(0)
+    return model
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    """The global batch of a step: rows weigh differently, so that a mean of the ranks' means is wrong."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    share = torch.linspace(0.1, 0.9, ROWS)[:, None]
+    return {
+        "tokens": tokens,
+        "targets": tokens.roll(-1, 1),
+        "document": (torch.arange(LENGTH) // 20).expand(ROWS, LENGTH),
+        "position": (torch.arange(LENGTH) % 20).expand(ROWS, LENGTH),
+        "loss_weight": (torch.rand(ROWS, LENGTH, generator=generator) < share).float(),
+        "modality": tokens % 3,
+    }
+
+
+def learning_rate(step: int) -> float:
+    return 1e-3 * (step + 1)
+
+
+def train(engine: Engine, world: World, first: int, last: int, accumulation: int = 1) -> list[list[float]]:
+    """[loss, gradient norm] of the steps first .. last - 1, as the loop does them."""
+    rows = []
+    for step in range(first, last):
+        inputs = {name: tensor[world.rank :: world.size] for name, tensor in batch(step).items()}
+        weight = world.sum(inputs["loss_weight"].sum())
+        total = torch.zeros((), dtype=torch.float64)
+        for part in range(accumulation):
+            sums = engine.forward({name: tensor.chunk(accumulation)[part] for name, tensor in inputs.items()})
+            engine.backward(sums.total, weight)
+            total += sums.total.detach()
+        norm = engine.step(learning_rate(step))
+        rows.append([float(world.sum(total) / weight), float("nan") if norm is None else float(norm)])
+    return rows
+
+
+def naive() -> list[list[float]]:
+    """The same steps in plain torch, on one process, without any of our training code."""
+    config = configure("ddp", 0, "fp32")
+    model, o = new_model(config), config.optim
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    rows = []
+    for step in range(STEPS):
+        inputs = batch(step)
+        loss = model(**inputs).total / inputs["loss_weight"].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.step()
+        rows.append([loss.item(), norm.item()])
+    return rows
+
+
+def new_engine(name: str, world: World, accumulation: int = 1) -> Engine:
+    config = configure(*(FP32 | BF16)[name])
+    return build_engine(new_model(config), config, world, accumulation)
+
+
+def from_rank_0(state: State) -> State:
+    """The state on all ranks, as each would read it from the checkpoint."""
+    box = [state]
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def equal(left: State, right: State) -> bool:
+    """Bit for bit, the same names included."""
+    return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(left, right, strict=True))
+
+
+def straight_and_resumed(name: str, world: World) -> tuple[dict[str, Any], State]:
+    """Six steps at one go, and three more in a fresh engine from the state after three."""
+    engine = new_engine(name, world)
+    losses = train(engine, world, 0, HALF)
+    state = from_rank_0(engine.state())
+    losses += train(engine, world, HALF, STEPS)
+    end = engine.state()
+
+    resumed = new_engine(name, world)
+    resumed.load(*state, HALF)
+    loaded = resumed.state()
+    later = train(resumed, world, HALF, STEPS)
+    later_end = resumed.state()
+    facts = {
+        "losses": losses,
+        "loads_what_it_saved": world.rank != 0 or equal(state, loaded),
+        "resumes_exactly": later == losses[HALF:] and (world.rank != 0 or equal(end, later_end)),
+    }
+    return facts, state
+
+
+def continued(name: str, world: World, state: State) -> list[list[float]]:
+    engine = new_engine(name, world)
+    engine.load(*state, HALF)
+    return train(engine, world, HALF, STEPS)
+
+
+def poisoned(name: str, world: World) -> bool:
+    """Whether a step whose gradient is not finite leaves parameters and moments alone."""
+    engine = new_engine(name, world)
+    train(engine, world, 0, 1)
+    before = engine.state()
+    inputs = {key: tensor[world.rank :: world.size] for key, tensor in batch(1).items()}
+    engine.backward(engine.forward(inputs).total * float("nan"), torch.tensor(1.0))
+    engine.step(1e-3)
+    after = engine.state()
+    return world.rank != 0 or equal(before, after)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    world = start_world()
+    facts: dict[str, Any] = {"straight": {}, "accumulated": {}, "continued": {}, "poisoned": {}}
+    if world.size == 1:
+        state = load_file(out / "parameters.safetensors"), load_file(out / "moments.safetensors")
+        facts["continued"] = {name: continued(name, world, state) for name in ("ddp", "zero1", "zero3")}
+        facts["naive"] = naive()
+    else:
+        states = {}
+        for name in FP32 | BF16:
+            facts["straight"][name], states[name] = straight_and_resumed(name, world)
+        for name in FP32:
+            facts["accumulated"][name] = train(new_engine(name, world, 2), world, 0, STEPS, 2)
+        for name in ("zero1", "zero2", "ddp"):
+            facts["continued"][name] = continued(name, world, states["zero3"])
+        facts["continued"]["zero3-bf16"] = continued("zero3-bf16", world, states["zero1-bf16"])
+        for name in FP32 | BF16:
+            facts["poisoned"][name] = poisoned(name, world)
+        if world.rank == 0:
+            save_file(states["zero3"][0], out / "parameters.safetensors")
+            save_file(states["zero3"][1], out / "moments.safetensors")
+    if world.rank == 0:
+        (out / f"world-{world.size}.json").write_text(json.dumps(facts))
+    world.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

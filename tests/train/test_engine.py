@@ -1,0 +1,95 @@
+"""All engines train alike, and every state can be continued by every engine on any number of ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtrain.config import Config, UserError
+from mmtrain.train.engine import refuse_known_faults
+
+ROOT = Path(__file__).parents[2]
+FP32 = ("ddp", "zero0", "zero1", "zero2", "zero3")
+BF16 = ("ddp-bf16", "zero1-bf16", "zero2-bf16", "zero3-bf16")
+pytestmark = pytest.mark.slow
+
+
+def run_cases(ranks: int, out: Path) -> dict[str, Any]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    script = str(Path(__file__).with_name("engine_cases.py"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, script, str(out)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / f"world-{ranks}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("engines")
+    return run_cases(2, out) | {"out": out}
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks: dict[str, Any]) -> dict[str, Any]:
+    """After `two_ranks`, whose state it continues."""
+    return run_cases(1, two_ranks["out"])
+
+
+def assert_close(rows: list[list[float]], expected: list[list[float]], relative: float = 1e-5) -> None:
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert all(math.isclose(a, b, rel_tol=relative) for a, b in zip(row, other, strict=True)), (rows, expected)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_losses_and_norms_are_those_of_plain_torch_on_one_process(name: str, two_ranks, one_rank) -> None:
+    assert_close(two_ranks["straight"][name]["losses"], one_rank["naive"])
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_two_micro_batches_are_one_batch(name: str, two_ranks, one_rank) -> None:
+    assert_close(two_ranks["accumulated"][name], one_rank["naive"])
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_follows_fp32_closely(name: str, two_ranks, one_rank) -> None:
+    assert_close(two_ranks["straight"][name]["losses"], one_rank["naive"], relative=0.05)
+    losses = [[loss] for loss, _ in two_ranks["straight"][name]["losses"]]
+    assert_close(losses, [[loss] for loss, _ in one_rank["naive"]], relative=1e-3)
+
+
+@pytest.mark.parametrize("name", FP32 + BF16)
+def test_a_fresh_engine_continues_bit_for_bit(name: str, two_ranks) -> None:
+    assert two_ranks["straight"][name]["loads_what_it_saved"]
+    assert two_ranks["straight"][name]["resumes_exactly"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2"])
+def test_another_engine_continues_stage_3(name: str, two_ranks) -> None:
+    assert_close(two_ranks["continued"][name], two_ranks["straight"]["zero3"]["losses"][3:])
+
+
+def test_stage_3_continues_stage_1_in_bf16(two_ranks) -> None:
+    assert_close(two_ranks["continued"]["zero3-bf16"], two_ranks["straight"]["zero1-bf16"]["losses"][3:])
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3"])
+def test_one_rank_continues_what_two_began(name: str, two_ranks, one_rank) -> None:
+    assert_close(one_rank["continued"][name], two_ranks["straight"]["zero3"]["losses"][3:])
+
+
+@pytest.mark.parametrize("name", FP32 + BF16)
+def test_a_gradient_that_is_not_finite_changes_nothing(name: str, two_ranks) -> None:
+    assert two_ranks["poisoned"][name]
+
+
+def test_bf16_at_stage_0_is_refused() -> None:
+    engine = Config().engine
+    engine.stage, engine.dtype = 0, "bf16"
+    with pytest.raises(UserError, match="engine.stage=1"):
+        refuse_known_faults(engine)
