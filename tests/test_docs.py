@@ -1,0 +1,176 @@
+"""What the documentation says exists: commands compose, settings are settings, files and links are there."""
+
+import contextlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmtrain.config import Config, TrackConfig, UserError
+from mmtrain.config.compose import compose, with_overrides
+from mmtrain.config.listing import groups
+from mmtrain.config.override import read_override
+from mmtrain.config.suggest import known_keys, section_names
+from mmtrain.config.validate import walk
+from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
+from mmtrain.verbs.help import CONFIGURED, OF_A_RUN, VERBS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(page for page in [ROOT / "README.md"] if page.exists())])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TOP_FOLDERS = ("mmtrain", "conf", "launch", "tests", "docs")
+# Files that an example tells the reader to make.
+OF_THE_READER = {"conf/experiment/mine.yaml"}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+SETTING = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=\S+")
+# In place of a real word: `mmtrain VERB --help`, `mmtrain train ...`.
+PLACEHOLDERS = {"VERB", "...", "…", "KEY=VALUE", "GROUP=OPTION", "[settings]"}
+
+
+def inline_codes(page: Path) -> list[str]:
+    return INLINE.findall(FENCE.sub("", page.read_text()))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every mmtrain command on a page, and of the scripts that hand their words to `mmtrain train`."""
+    lines = inline_codes(page)
+    for language, block in FENCE.findall(page.read_text()):
+        if language in ("bash", "sh", "console", "shell"):
+            lines += block.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # CUDA_VISIBLE_DEVICES=0 mmtrain ...
+            words = words[1:]
+        if words[:1] == ["mmtrain"]:
+            found.append(words[1:])
+        elif words[:2] == ["bash", "launch/quickstart.sh"]:
+            found.append(["train", "experiment=quickstart", *words[2:]])
+        elif words[:2] == ["sbatch", "launch/slurm.sbatch"]:
+            found.append(["train", *words[2:]])
+    return found
+
+
+def check_command(words: list[str]) -> None:
+    """Raise where the command line would refuse the words before it does anything."""
+    words = [word for word in words if word not in PLACEHOLDERS]
+    if not words or words in (["--help"], ["--version"]):
+        return
+    verb, *rest = words
+    assert verb in VERBS, f"{verb} is not a verb"
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    others = [word for word in rest if word not in settings]
+    if verb == "ls":
+        assert set(others) <= set(groups()), others
+        return
+    allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
+    allowed |= {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}.get(verb, set())
+    if verb == "flops" and others[:1] == ["show"]:
+        from mmtrain.flops import load_registry
+
+        assert others[1] in {baseline.id for baseline in load_registry()}
+        return
+    assert set(others) <= allowed, others
+    if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):
+        settings = [word for word in settings if word.partition("=")[0] not in ("run", "root", "name")]
+        with_overrides(compose([]), settings)
+    elif verb in CONFIGURED:
+        # Alone, as in running text, corpus=pairs names no folder; in a command of its own it does.
+        compose(settings if len(settings) != 1 or settings != ["corpus=pairs"] else [*settings, "corpus.path=FOLDER"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_composes(name: str) -> None:
+    for words in commands(ROOT / name):
+        try:
+            check_command(words)
+        except UserError as error:
+            pytest.fail(f"{name}: mmtrain {shlex.join(words)}: {error}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_one(name: str) -> None:
+    choices = {key: field.metadata["choices"] for key, _, field in walk(Config())}
+    sections = set(section_names())
+    for code in inline_codes(ROOT / name):
+        if SETTING.fullmatch(code):
+            override = read_override(code, groups())
+            allowed = choices.get(override.key)
+            assert override.is_choice or not allowed or override.value in allowed, f"{name}: {code}"
+        elif re.fullmatch(r"[a-z_]+\.[a-z_0-9]+", code) and code.partition(".")[0] in sections:
+            assert code in known_keys(), f"{name}: {code} is no key"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_and_module_named_exists(name: str) -> None:
+    for code in inline_codes(ROOT / name):
+        if code.partition("/")[0] in TOP_FOLDERS and re.fullmatch(r"[\w./-]+", code) and code not in OF_THE_READER:
+            assert (ROOT / code).exists(), f"{name}: {code}"
+        elif re.fullmatch(r"mmtrain(\.\w+)+", code):
+            module, _, attribute = code.rpartition(".")
+            with contextlib.suppress(ModuleNotFoundError):
+                if importlib.util.find_spec(code):
+                    continue
+            assert hasattr(importlib.import_module(module), attribute), f"{name}: {code}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get where it is rendered."""
+    headings = re.findall(r"^#+ +(.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_relative_link_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    for groups_of_link in LINK.findall(FENCE.sub("", page.read_text())):
+        target = groups_of_link[0] or groups_of_link[1]
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{name}: {target}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_every_metric_that_is_tracked_is_described() -> None:
+    from mmtrain.track import wandb_sink
+
+    text = (ROOT / "docs" / "reference" / "files.md").read_text()
+    assert {key for key in (*wandb_sink.SECTIONS, *wandb_sink.TOP_LEVEL) if f"`{key}`" not in text} == set()
+    assert TrackConfig().log_every  # the key that the tutorial names
+
+
+def test_the_readers_in_the_reference_read_what_is_written(tmp_path: Path) -> None:
+    from mmtrain.shards import write_tokens
+
+    vocabulary = Vocabulary(text_size=300, image_codes=64, num_sentinels=4)
+    documents = [
+        TokenDocument(f"d-{i}", np.arange(6, 6 + i, dtype=vocabulary.dtype), (TokenSegment("text", 0, i),), {"i": i})
+        for i in range(1, 8)
+    ]
+    write_tokens(tmp_path, documents, vocabulary, "text", "image", shard_documents=3)
+
+    readers: dict = {}
+    for language, block in FENCE.findall((ROOT / "docs" / "reference" / "files.md").read_text()):
+        if language == "python":
+            exec(block, readers)
+    tars = sorted(tmp_path.glob("*.tar"))
+    assert len(tars) == 3
+    in_order = [sample for tar in tars for sample in readers["read_in_order"](tar)]
+    assert [(id, meta) for id, _, meta in in_order] == [(document.id, document.meta) for document in documents]
+    for i, (document, (_, tokens, _)) in enumerate(zip(documents, in_order, strict=True)):
+        np.testing.assert_array_equal(tokens, document.tokens)
+        np.testing.assert_array_equal(readers["read_tokens"](tmp_path, i), document.tokens)
