@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +22,42 @@ from mmtrain.verbs.help import CONFIGURED, OF_A_RUN, VERBS
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(page for page in [ROOT / "README.md"] if page.exists())])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SHELLS = ("bash", "sh", "console", "shell")
 TOP_FOLDERS = ("mmtrain", "conf", "launch", "tests", "docs")
+FILE_SUFFIXES = {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".py", ".html", ".npy"}
 # Files that an example tells the reader to make.
 OF_THE_READER = {"conf/experiment/mine.yaml"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 SETTING = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=\S+")
 # In place of a real word: `mmtrain VERB --help`, `mmtrain train ...`.
 PLACEHOLDERS = {"VERB", "...", "…", "KEY=VALUE", "GROUP=OPTION", "[settings]"}
+
+
+options = cache(groups)
+
+
+@cache
+def defaults() -> Config:
+    return compose([])
 
 
 def inline_codes(page: Path) -> list[str]:
     return INLINE.findall(FENCE.sub("", page.read_text()))
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Lines of the blocks that are to be typed, continued lines joined."""
+    blocks = [block for language, block in FENCE.findall(page.read_text()) if language in SHELLS]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def commands(page: Path) -> list[list[str]]:
     """Words of every mmtrain command on a page, and of the scripts that hand their words to `mmtrain train`."""
-    lines = inline_codes(page)
-    for language, block in FENCE.findall(page.read_text()):
-        if language in ("bash", "sh", "console", "shell"):
-            lines += block.replace("\\\n", " ").splitlines()
     found = []
-    for line in lines:
+    for line in [*inline_codes(page), *shell_lines(page)]:
         words = shlex.split(line.removeprefix("$ "), comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # CUDA_VISIBLE_DEVICES=0 mmtrain ...
             words = words[1:]
@@ -67,7 +80,7 @@ def check_command(words: list[str]) -> None:
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     others = [word for word in rest if word not in settings]
     if verb == "ls":
-        assert set(others) <= set(groups()), others
+        assert set(others) <= set(options()), others
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
     allowed |= {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}.get(verb, set())
@@ -79,10 +92,9 @@ def check_command(words: list[str]) -> None:
     assert set(others) <= allowed, others
     if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):
         settings = [word for word in settings if word.partition("=")[0] not in ("run", "root", "name")]
-        with_overrides(compose([]), settings)
+        with_overrides(defaults(), settings)
     elif verb in CONFIGURED:
-        # Alone, as in running text, corpus=pairs names no folder; in a command of its own it does.
-        compose(settings if len(settings) != 1 or settings != ["corpus=pairs"] else [*settings, "corpus.path=FOLDER"])
+        compose(settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,19 +109,20 @@ def test_every_command_composes(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_one(name: str) -> None:
     choices = {key: field.metadata["choices"] for key, _, field in walk(Config())}
-    sections = set(section_names())
-    for code in inline_codes(ROOT / name):
+    key_like = re.compile(rf"(?:{'|'.join(section_names())})\.[a-z_0-9]+")
+    for code in sorted(set(inline_codes(ROOT / name))):
         if SETTING.fullmatch(code):
-            override = read_override(code, groups())
+            override = read_override(code, options())
             allowed = choices.get(override.key)
             assert override.is_choice or not allowed or override.value in allowed, f"{name}: {code}"
-        elif re.fullmatch(r"[a-z_]+\.[a-z_0-9]+", code) and code.partition(".")[0] in sections:
+        elif key_like.fullmatch(code) and Path(code).suffix not in FILE_SUFFIXES:
             assert code in known_keys(), f"{name}: {code} is no key"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_and_module_named_exists(name: str) -> None:
-    for code in inline_codes(ROOT / name):
+    in_commands = [word for line in shell_lines(ROOT / name) for word in shlex.split(line, comments=True)]
+    for code in {*inline_codes(ROOT / name), *in_commands}:
         if code.partition("/")[0] in TOP_FOLDERS and re.fullmatch(r"[\w./-]+", code) and code not in OF_THE_READER:
             assert (ROOT / code).exists(), f"{name}: {code}"
         elif re.fullmatch(r"mmtrain(\.\w+)+", code):
@@ -129,8 +142,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_relative_link_leads_somewhere(name: str) -> None:
     page = ROOT / name
-    for groups_of_link in LINK.findall(FENCE.sub("", page.read_text())):
-        target = groups_of_link[0] or groups_of_link[1]
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")

@@ -41,7 +41,7 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     to_draw, to_caption = documents[: config.num_prompts], documents[: config.num_captions]
     settings = SamplingSettings(config.temperature, config.top_p, config.guidance)
     samples = sampler.images([document.texts[0] for document in to_draw], settings, seed)
-    drawn = [(to_draw[s.prompt], s.pixels) for s in samples if s.pixels is not None]
+    drawn = [(to_draw[s.prompt], s.pixels) for s in samples]
 
     size = sampler.image.image_size
     pictures = np.stack([decode_square(document.images[0].data, size) for document in documents])
@@ -50,7 +50,7 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     if to_caption:
         greedy = SamplingSettings(temperature=0.0, guidance=1.0)
         captions = sampler.captions(pictures[: len(to_caption)], greedy, seed)
-        written = [(to_caption[s.prompt], s.text or "") for s in captions]
+        written = [(to_caption[s.prompt], s.text) for s in captions]
 
     facts = [_facts(parse_caption(text), document) for document, text in written]
     for fact in facts:

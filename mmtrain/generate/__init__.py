@@ -4,7 +4,7 @@ A grammar decides which ids each position may take, so that an image block has e
 codes. Each sample draws from its own random stream: the same seed gives the same sample alone and in a batch.
 """
 
-from mmtrain.generate.pipeline import Sampler, Sample
+from mmtrain.generate.pipeline import Drawn, Sampler, Written
 from mmtrain.generate.sampling import SamplingSettings, sample_tokens
 
-__all__ = ["Sample", "Sampler", "SamplingSettings", "sample_tokens"]
+__all__ = ["Drawn", "Sampler", "SamplingSettings", "Written", "sample_tokens"]

@@ -17,13 +17,21 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample: prompt, number among the prompt's samples, and the picture (S, S, 3) uint8 or the text."""
+class Drawn:
+    """A picture, (S, S, 3) uint8: sample `number` of prompt `prompt`."""
 
     prompt: int
     number: int
-    pixels: np.ndarray | None = None
-    text: str | None = None
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Written:
+    """A caption: sample `number` of picture `prompt`."""
+
+    prompt: int
+    number: int
+    text: str
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Sampler:
         seed: int,
         num_samples: int = 1,
         retrieved: Sequence[list[np.ndarray]] | None = None,
-    ) -> list[Sample]:
+    ) -> list[Drawn]:
         """`num_samples` pictures per caption; retrieved: token ids of the documents to place before each."""
         v = self.vocabulary
         allowed = np.zeros(v.size, dtype=bool)
@@ -70,7 +78,7 @@ class Sampler:
                 settings,
             )
             pixels = self.image.decode(ids - v.image_start)
-            samples += [Sample(*key, pixels=picture) for key, picture in zip(keys, pixels, strict=True)]
+            samples += [Drawn(*key, pixels=picture) for key, picture in zip(keys, pixels, strict=True)]
         return samples
 
     def captions(
@@ -81,7 +89,7 @@ class Sampler:
         num_samples: int = 1,
         max_tokens: int = 64,
         retrieved: Sequence[list[np.ndarray]] | None = None,
-    ) -> list[Sample]:
+    ) -> list[Written]:
         """`num_samples` captions per picture; pictures: (N, S, S, 3) uint8."""
         v = self.vocabulary
         allowed = np.zeros(v.size, dtype=bool)
@@ -105,7 +113,7 @@ class Sampler:
             )
             for key, row in zip(keys, ids, strict=True):
                 words = row[: int(np.argmax(row == v.eoss))] if (row == v.eoss).any() else row
-                samples.append(Sample(*key, text=self.text.decode((words - v.text_start).tolist())))
+                samples.append(Written(*key, text=self.text.decode((words - v.text_start).tolist())))
         return samples
 
     def _fitting(self, retrieved: Sequence[list[np.ndarray]] | None, index: int, needed: int) -> list[np.ndarray]:

@@ -5,6 +5,8 @@ Source: Yu et al. 2023 (arXiv 2309.02591) sec. 2.3; what the paper leaves open f
 B batch, S sequence, D width, L layers, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from mmtrain.config import ModelConfig
 from mmtrain.models.attention import KVCache, SelfAttention, document_mask
 from mmtrain.models.loss import Head, LossSums
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class Block(nn.Module):

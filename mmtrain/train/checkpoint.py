@@ -1,10 +1,10 @@
 """Checkpoints: folders that are complete or invisible, safetensors and JSON only.
 
-    checkpoints/step-00000200/
-        model.safetensors       float32 parameters by name
-        optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME
-        state.json              step, tokens, stream, ledger, fingerprints, W&B run id
-        MANIFEST.json           bytes and SHA-256 of the others; written last
+checkpoints/step-00000200/
+    model.safetensors       float32 parameters by name
+    optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME
+    state.json              step, tokens, stream, ledger, fingerprints, W&B run id
+    MANIFEST.json           bytes and SHA-256 of the others; written last
 """
 
 import hashlib
@@ -92,7 +92,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name in FILES:
             file, entry = path / name, files[name]
             if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-                raise UserError(f"checkpoint {path} is damaged: {name} is not what its manifest says; delete the folder")
+                raise UserError(
+                    f"checkpoint {path} is damaged: {name} is not what its manifest says; delete the folder"
+                )
         return Checkpoint(path, json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path} is incomplete or damaged ({error!r}); delete the folder") from error
@@ -141,6 +143,11 @@ def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, voc
             )
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=False)
     return model.eval()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is any checkpoint, readable or not."""
+    return bool(_candidates(folder))
 
 
 def _candidates(folder: Path) -> list[Path]:

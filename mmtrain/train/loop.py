@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -95,7 +95,8 @@ def due(step: int, every: int, last: int) -> bool:
 
 def model_inputs(batch: Batch, vocabulary: Vocabulary, device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on the device, with the modality of every target."""
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    tensors = cast(dict[str, torch.Tensor], batch)
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     inputs["modality"] = vocabulary.modality(inputs["targets"])
     return inputs
 

@@ -1,10 +1,10 @@
 """The run directory: frozen config, artifacts it was trained on, and who may continue it.
 
-    RUN/
-        config.yaml        frozen and resolved; all ranks read this file
-        artifacts.json     folders of documents, tokenizers, token shards, neighbours (relative to RUN)
-        environment.json   versions and machine
-        metrics.jsonl  ledger.json  report.html  checkpoints/  samples/  logs/  wandb/
+RUN/
+    config.yaml        frozen and resolved; all ranks read this file
+    artifacts.json     folders of documents, tokenizers, token shards, neighbours (relative to RUN)
+    environment.json   versions and machine
+    metrics.jsonl  ledger.json  report.html  checkpoints/  samples/  logs/  wandb/
 """
 
 import json
@@ -19,10 +19,12 @@ from typing import Any
 from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import freeze, load_frozen
 from mmtrain.track import redact
+from mmtrain.train.checkpoint import has_checkpoint
 
 # What may differ between the frozen config and a command that continues the run.
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "engine", "train.evaluate_every",
                   "train.checkpoint_every", "train.keep_checkpoints", "stream.prefetch")  # fmt: skip
+LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")
 
 
@@ -47,7 +49,9 @@ class Artifacts:
         """Read artifacts.json; raises UserError when it or a folder is missing."""
         file = run_dir / "artifacts.json"
         if not file.is_file():
-            raise UserError(f"{run_dir} is no run directory (artifacts.json is missing); give run=FOLDER of a training run")
+            raise UserError(
+                f"{run_dir} is no run directory (artifacts.json is missing); give run=FOLDER of a training run"
+            )
         paths = {name: path and (run_dir / path).resolve() for name, path in json.loads(file.read_text()).items()}
         for name, path in paths.items():
             if path and not path.exists():
@@ -63,25 +67,32 @@ class Artifacts:
         return books | json.loads((self.tokens / "flops.json").read_text())
 
 
-def open_run(run_dir: Path, config: Config, command: str) -> None:
-    """Create the run directory, or check that this command continues the run that is there.
+def check_run(run_dir: Path, config: Config) -> None:
+    """Raise UserError when the run in `run_dir` has a checkpoint and was trained with other settings."""
+    frozen = run_dir / "config.yaml"
+    if not frozen.is_file() or not has_checkpoint(run_dir / "checkpoints"):
+        return
+    differences = _differences(load_frozen(frozen), config)
+    if differences:
+        key, old, new = differences[0]
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise UserError(
+            f"{run_dir} holds a run with {key}={old}, this command says {new}{more}; choose another name=, or "
+            "delete that folder"
+        )
+
+
+def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) -> None:
+    """Create the run directory, or continue the one that is there (`check_run` allowed it).
 
     command: the command line, kept in environment.json without secrets.
     """
-    frozen = run_dir / "config.yaml"
-    if frozen.is_file():
-        differences = _differences(load_frozen(frozen), config)
-        if differences:
-            key, old, new = differences[0]
-            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-            raise UserError(
-                f"{run_dir} holds a run with {key}={old}, this command says {new}{more}; choose another name=, or "
-                "delete that folder"
-            )
     run_dir.mkdir(parents=True, exist_ok=True)
-    freeze(config, frozen)
+    freeze(config, run_dir / "config.yaml")
+    artifacts.save(run_dir)
     facts = {"command": redact(command), **environment()}
     write_text_atomic(run_dir / "environment.json", json.dumps(facts, indent=1))
+    write_text_atomic(run_dir.parent / LAST, run_dir.name + "\n")
 
 
 def environment() -> dict[str, Any]:

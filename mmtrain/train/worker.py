@@ -65,7 +65,9 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     for complaint in complaints if world.rank == 0 else []:
         print(f"mmtrain: {complaint}; continuing from {checkpoint.path if checkpoint else 0}", file=sys.stderr)
     if checkpoint and checkpoint.state["vocabulary"] != vocabulary.fingerprint:
-        raise UserError(f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens}; choose another name=")
+        raise UserError(
+            f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens}; choose another name="
+        )
 
     positions = config.model.max_positions or config.stream.sequence_length
     model = build_model(config.model, vocabulary.size, positions)
@@ -122,7 +124,8 @@ def announce(run: Run, parameters: int, repeated: int) -> None:
     """Say in a few lines what is about to happen."""
     e = run.config.engine
     engine = f"DeepSpeed ZeRO-{e.stage}" if e.kind == "deepspeed" else "DDP"
-    print(f"model: {run.config.model.family}, {parameters:,} parameters; {engine}, {e.dtype}, {run.world.size} x {run.world.device.type}")
+    ranks = f"{run.world.size} x {run.world.device.type}"
+    print(f"model: {run.config.model.family}, {parameters:,} parameters; {engine}, {e.dtype}, {ranks}")
     if run.step:
         lost = f"; {repeated:.2e} FLOPs of steps after it are done again" if repeated else ""
         print(f"resuming at step {run.step} of {run.config.train.steps}{lost}", flush=True)

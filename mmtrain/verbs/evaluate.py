@@ -53,8 +53,12 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         for index, (_, pixels) in enumerate(pairs):
             (folder / f"{name}-{index:04d}.png").write_bytes(encode_png(pixels))
     shown = result.drawn[:GRID]
-    picture_grid([[pixels] for _, pixels in shown], [document.texts[0] for document, _ in shown]).save(folder / "grid.png")
-    plain = {title: {name: asdict(p) | {"share": p.share} for name, p in shares.items()} for title, shares in tables.items()}
+    picture_grid([[pixels] for _, pixels in shown], [document.texts[0] for document, _ in shown]).save(
+        folder / "grid.png"
+    )
+    plain = {
+        title: {name: asdict(p) | {"share": p.share} for name, p in shares.items()} for title, shares in tables.items()
+    }
     record = {
         "task": asdict(task),
         "checkpoint": run.checkpoint.path.name,
@@ -86,7 +90,9 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
             sums += model(**inputs).by_modality.cpu()
             tokens += sum(counts.tokens.values())
             flops += forward_flops(config.model, run.vocabulary.size, counts.lengths.tolist())
-    table = Table("tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}")
+    table = Table(
+        "tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}"
+    )
     record: dict[str, Any] = {"checkpoint": run.checkpoint.path.name, "batches": batches, "tokens": tokens}
     for name, (loss, count) in zip(("all", *MODALITIES), (sums.sum(0).tolist(), *sums.tolist()), strict=True):
         if count:
@@ -103,5 +109,7 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
 def _table(title: str, shares: dict[str, Proportion]) -> Table:
     table = Table("fact", "right", "95 % interval", title=title, title_justify="left")
     for name, p in shares.items():
-        table.add_row(name, f"{100 * p.share:.1f} %  ({p.right}/{p.total})", f"{100 * p.low:.1f} – {100 * p.high:.1f} %")
+        table.add_row(
+            name, f"{100 * p.share:.1f} %  ({p.right}/{p.total})", f"{100 * p.low:.1f} – {100 * p.high:.1f} %"
+        )
     return table

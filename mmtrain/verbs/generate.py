@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -26,23 +27,24 @@ def main(argv: list[str]) -> int:
     g = run.config.generate
     out = Path(g.out) if g.out else run.folder / "samples" / f"{g.task}-step{run.checkpoint.step}-seed{g.seed}"
     out.mkdir(parents=True, exist_ok=True)
+    samples = draw(run, out) if g.task == "image" else caption(run)
     record = {
         "checkpoint": f"{run.folder.name}/{run.checkpoint.path.name}",
         "vocabulary": run.vocabulary.fingerprint,
         "task": g.task,
         "seed": g.seed,
         "settings": {"temperature": g.temperature, "top_p": g.top_p, "guidance": g.guidance},
-        "samples": draw(run, out) if g.task == "image" else caption(run),
+        "samples": samples,
     }
     write_text_atomic(out / "samples.json", json.dumps(record, indent=1, ensure_ascii=False))
     places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / "samples.json")}
     if g.task == "image":
         places["grid"] = os.path.relpath(out / "grid.png")
-    closing_box(f"{len(record['samples'])} samples of {record['checkpoint']}", places)
+    closing_box(f"{len(samples)} samples of {record['checkpoint']}", places)
     return 0
 
 
-def draw(run: TrainedRun, out: Path) -> list[dict]:
+def draw(run: TrainedRun, out: Path) -> list[dict[str, Any]]:
     """Pictures for captions, as PNG files and a grid; returns their records."""
     g = run.config.generate
     captions = list(g.prompts) or [document.texts[0] for document in run.held_out(4) if document.texts]
@@ -52,7 +54,8 @@ def draw(run: TrainedRun, out: Path) -> list[dict]:
         samples = run.sampler.images(captions, settings, g.seed, g.num_samples, retrieved)
     records = []
     for sample in samples:
-        name = f"{sample.prompt:03d}-{sample.number:02d}-{re.sub('[^a-z0-9]+', '-', captions[sample.prompt].lower())[:40]}.png"
+        words = re.sub("[^a-z0-9]+", "-", captions[sample.prompt].lower())[:40]
+        name = f"{sample.prompt:03d}-{sample.number:02d}-{words}.png"
         PillowImage.fromarray(sample.pixels).save(out / name)
         records.append({"prompt": captions[sample.prompt], "number": sample.number, "file": name})
     rows = [[s.pixels for s in samples if s.prompt == index] for index in range(len(captions))]
@@ -65,7 +68,7 @@ def draw(run: TrainedRun, out: Path) -> list[dict]:
     return records
 
 
-def caption(run: TrainedRun) -> list[dict]:
+def caption(run: TrainedRun) -> list[dict[str, Any]]:
     """Captions for pictures, printed; returns their records."""
     g, size = run.config.generate, run.config.corpus.image_size
     if g.prompts:
@@ -78,7 +81,9 @@ def caption(run: TrainedRun) -> list[dict]:
     retrieved = run.retrieved(pictures)
     settings = SamplingSettings(g.temperature, g.top_p)
     with show_progress(run.sampler, "captioning"):
-        samples = run.sampler.captions(np.stack(pictures), settings, g.seed, g.num_samples, g.max_text_tokens, retrieved)
+        samples = run.sampler.captions(
+            np.stack(pictures), settings, g.seed, g.num_samples, g.max_text_tokens, retrieved
+        )
     for sample in samples:
         print(f"{names[sample.prompt]}: {sample.text}")
     lengths = [run.image.tokens_per_image + g.max_text_tokens] * len(samples)
@@ -91,7 +96,9 @@ def picture_grid(rows: list[list[np.ndarray]], captions: list[str]) -> PillowIma
     zoom = max(1, ZOOM_TO // rows[0][0].shape[0])
     side = rows[0][0].shape[0] * zoom
     columns = max(len(row) for row in rows)
-    grid = PillowImage.new("RGB", (max(columns * (side + 8), 480) + 8, len(rows) * (side + CAPTION_HEIGHT + 8)), "white")
+    grid = PillowImage.new(
+        "RGB", (max(columns * (side + 8), 480) + 8, len(rows) * (side + CAPTION_HEIGHT + 8)), "white"
+    )
     pen = ImageDraw.Draw(grid)
     for index, (row, words) in enumerate(zip(rows, captions, strict=True)):
         top = index * (side + CAPTION_HEIGHT + 8)

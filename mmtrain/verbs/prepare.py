@@ -1,8 +1,8 @@
 """The chain of artifacts behind a run, each built once and found again by the fingerprint of what made it.
 
-    documents ─▶ text tokenizer ─┐
-        └──────▶ image tokenizer ┴▶ token shards
-        └──────▶ neighbours
+documents ─▶ text tokenizer ─┐
+    └──────▶ image tokenizer ┴▶ token shards
+    └──────▶ neighbours
 """
 
 import json
@@ -59,8 +59,14 @@ def prepare_documents(config: Config) -> Path:
             with _progress(f"reading {config.corpus.name} ({split})", None) as advance:
                 manifest = write_documents(partial / split, _counted(reading, advance))
             if not manifest.documents:
-                raise UserError(f"corpus {config.corpus.name} has no {split} document; {reading.summary() or 'add pictures'}")
-            facts[split] = {"documents": manifest.documents, "skipped": dict(reading.skipped), "examples": reading.examples}
+                raise UserError(
+                    f"corpus {config.corpus.name} has no {split} document; {reading.summary() or 'add pictures'}"
+                )
+            facts[split] = {
+                "documents": manifest.documents,
+                "skipped": dict(reading.skipped),
+                "examples": reading.examples,
+            }
             for reason, count in reading.skipped.items():
                 print(f"  skipped {count}: {reason} (first: {reading.examples[reason]})")
         (partial / "facts.json").write_text(json.dumps(facts, indent=1))
@@ -111,8 +117,8 @@ def prepare_image_tokenizer(config: Config, documents: Path) -> Path:
     final = _timed("image tokenizer", final, build)
     m = json.loads((final / "metrics.json").read_text())
     print(
-        f"  held-out PSNR {m['psnr']:.1f} dB, SSIM {m['ssim']:.3f}, {m['codebook_used']} of {m['codebook_size']} codes used, "
-        f"perplexity {m['codebook_perplexity']:.0f}"
+        f"  held-out PSNR {m['psnr']:.1f} dB, SSIM {m['ssim']:.3f}, {m['codebook_used']} of {m['codebook_size']} codes "
+        f"used, perplexity {m['codebook_perplexity']:.0f}"
     )
     return final
 
@@ -216,7 +222,13 @@ class _progress:
     """A rich progress bar; silent where the output is not a terminal."""
 
     def __init__(self, label: str, total: int | None):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.progress = Progress(*columns, transient=True)
         self.label, self.total = label, total
 

@@ -73,10 +73,9 @@ def sample(run: TrainedRun, documents: list[Document]) -> tuple[list[Any], list[
         written = run.sampler.captions(pictures, greedy, g.seed, 1, g.max_text_tokens, run.retrieved(list(pictures)))
     truths = [encode_png(picture) for picture in pictures]
     generated = [
-        (words, truths[i], [encode_png(s.pixels) for s in drawn if s.prompt == i and s.pixels is not None])
-        for i, words in enumerate(texts)
+        (words, truths[i], [encode_png(s.pixels) for s in drawn if s.prompt == i]) for i, words in enumerate(texts)
     ]
-    captions = [(truths[s.prompt], texts[s.prompt], s.text or "") for s in written]
+    captions = [(truths[s.prompt], texts[s.prompt], s.text) for s in written]
     return generated, captions
 
 
@@ -99,12 +98,17 @@ def summary(run: TrainedRun, metrics: list[dict[str, Any]], ledger: dict[str, An
 def corpus_facts(run: TrainedRun) -> list[tuple[str, Any]]:
     """What was trained on."""
     facts = json.loads((run.artifacts.documents / "facts.json").read_text())
-    rows: list[tuple[str, Any]] = [("corpus", run.config.corpus.name), ("picture", f"{run.config.corpus.image_size} pixels")]
+    rows: list[tuple[str, Any]] = [
+        ("corpus", run.config.corpus.name),
+        ("picture", f"{run.config.corpus.image_size} pixels"),
+    ]
     for split in ("train", "validation"):
         rows.append((split, describe(run.artifacts.tokens / split)))
         rows += [(f"{split}, skipped: {reason}", count) for reason, count in facts[split]["skipped"].items()]
     objective = run.config.objective
-    rows.append(("objective", f"{objective.kind}, whole segments masked with p = {objective.whole_segment_probability}"))
+    rows.append(
+        ("objective", f"{objective.kind}, whole segments masked with p = {objective.whole_segment_probability}")
+    )
     if run.config.retrieval.enabled:
         r = run.config.retrieval
         rows.append(("retrieval", f"up to {r.num_documents} documents ({r.policy}), encoder {r.encoder}"))

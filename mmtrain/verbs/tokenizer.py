@@ -13,7 +13,9 @@ def main(argv: list[str]) -> int:
     """Train the tokenizer that the first word names, or find it."""
     kind, settings = (argv[0], argv[1:]) if argv and "=" not in argv[0] else ("", argv)
     if kind not in ("text", "image"):
-        raise UserError(f"mmtrain tokenizer {kind or ''}: say which one, `mmtrain tokenizer text` or `mmtrain tokenizer image`")
+        raise UserError(
+            f"mmtrain tokenizer {kind or ''}: say which one, `mmtrain tokenizer text` or `mmtrain tokenizer image`"
+        )
     config = compose(settings)
     documents = prepare.prepare_documents(config)
     if kind == "text":

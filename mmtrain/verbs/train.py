@@ -6,8 +6,10 @@ from pathlib import Path
 
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
+from mmtrain.track import closing_box
+from mmtrain.train.checkpoint import latest_checkpoint
 from mmtrain.train.launch import check_batch, launch, num_ranks
-from mmtrain.train.run import open_run
+from mmtrain.train.run import check_run, open_run
 
 
 def main(argv: list[str]) -> int:
@@ -17,19 +19,22 @@ def main(argv: list[str]) -> int:
     config = compose(argv)
     check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name
-    open_run(run_dir, config, shlex.join(["mmtrain", "train", *argv]))
-    artifacts = prepare(config)
-    artifacts.save(run_dir)
-    remember_run(Path(config.root), run_dir)
-    code = launch(run_dir, config)
-    if code:
-        raise UserError(
-            f"training stopped with exit code {code} (the reason is printed above); mend it and run the same command "
-            f"again: it continues from the last checkpoint in {os.path.relpath(run_dir / 'checkpoints')}"
-        )
+    check_run(run_dir, config)
+    open_run(run_dir, config, prepare(config), shlex.join(["mmtrain", "train", *argv]))
+    finished, _ = latest_checkpoint(run_dir / "checkpoints")
+    if finished is None or finished.step < config.train.steps:
+        code = launch(run_dir, config)
+        if code:
+            raise UserError(
+                f"training stopped with exit code {code} (the reason is printed above); mend it and run the same "
+                f"command again: it continues from the last checkpoint in {os.path.relpath(run_dir / 'checkpoints')}"
+            )
+    folder = os.path.relpath(run_dir)
+    places = {
+        "checkpoints": f"{folder}/checkpoints",
+        "metrics": f"{folder}/metrics.jsonl",
+        "compute": f"{folder}/ledger.json",
+        "next": f"mmtrain generate run={folder}; mmtrain report run={folder}",
+    }
+    closing_box(f"{config.name}: {config.train.steps} steps trained", places)
     return 0
-
-
-def remember_run(root: Path, run_dir: Path) -> None:
-    """Note the last trained run, which generate, evaluate and report take by default."""
-    (root / "last").write_text(run_dir.name + "\n")

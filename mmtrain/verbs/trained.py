@@ -18,7 +18,7 @@ from mmtrain.retrieval import Memory
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 from mmtrain.train.checkpoint import Checkpoint, latest_checkpoint, load_model, read_checkpoint
-from mmtrain.train.run import Artifacts
+from mmtrain.train.run import LAST, Artifacts
 
 __all__ = ["TrainedRun", "open_trained", "show_progress"]
 
@@ -41,7 +41,9 @@ class TrainedRun:
         for complaint in complaints:
             print(f"mmtrain: {complaint}")
         if found is None:
-            raise UserError(f"run {self.folder} has no checkpoint yet; train it first: `mmtrain train` with its settings")
+            raise UserError(
+                f"run {self.folder} has no checkpoint yet; train it first: `mmtrain train` with its settings"
+            )
         return found
 
     @cached_property
@@ -118,9 +120,11 @@ def open_trained(argv: list[str]) -> TrainedRun:
 
 
 def _last(root: Path) -> Path:
-    note = root / "last"
+    note = root / LAST
     if not note.is_file():
-        raise UserError(f"nothing was trained under {root} yet; run `mmtrain train experiment=quickstart`, or give run=FOLDER")
+        raise UserError(
+            f"nothing was trained under {root} yet; run `mmtrain train experiment=quickstart`, or give run=FOLDER"
+        )
     return root / note.read_text().strip()
 
 

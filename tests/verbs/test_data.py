@@ -63,7 +63,7 @@ def test_bad_pictures_among_good_ones_are_counted_named_and_left_out(pictures: P
 
 def test_too_many_bad_pictures_stop_the_work(pictures: Path, capsys) -> None:
     for number in range(10):
-        (pictures / f"{number}.png").write_bytes(b"nothing")
+        (pictures / f"{number}.png").write_bytes(b"nothing %d" % number)
     assert data(pictures) == 2
     error = capsys.readouterr().err
     assert error.startswith("mmtrain: ") and error.count("\n") == 1 and "max_bad_fraction" in error
@@ -90,4 +90,5 @@ def test_a_folder_without_pictures_is_a_sentence(tmp_path: Path, monkeypatch, ca
 def test_no_path_at_all_is_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", *SETTINGS]) == 2
-    assert "corpus pairs has no corpus.path" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "corpus.path is empty" in error and error.count("\n") == 1
