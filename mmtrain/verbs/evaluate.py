@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mmtrain.config import write_text_atomic
@@ -20,6 +19,7 @@ from mmtrain.track import closing_box
 from mmtrain.train.loop import model_inputs
 from mmtrain.train.worker import open_stream
 from mmtrain.verbs.generate import picture_grid
+from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
 GRID = 32
@@ -83,13 +83,14 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
     sums = torch.zeros(len(MODALITIES), 2, dtype=torch.float64)
     batches = max(1, config.train.evaluate_batches)
     tokens, flops = 0, 0
-    with torch.inference_mode():
-        for step in track(range(batches), "measuring", transient=True):
+    with torch.inference_mode(), Bar("measuring", batches) as advance:
+        for step in range(batches):
             batch, counts = stream.prepare(step)
             inputs = model_inputs(batch, run.vocabulary, next(model.parameters()).device)
             sums += model(**inputs).by_modality.cpu()
             tokens += sum(counts.tokens.values())
             flops += forward_flops(config.model, run.vocabulary.size, counts.lengths.tolist())
+            advance(step + 1)
     table = Table(
         "tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}"
     )

@@ -8,13 +8,12 @@ documents ─▶ text tokenizer ─┐
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
 from mmtrain.documents import decode_square, read_corpus
@@ -29,7 +28,9 @@ from mmtrain.tokens import (
     train_image_tokenizer,
 )
 from mmtrain.train.run import Artifacts
+from mmtrain.verbs.progress import Bar
 
+T = TypeVar("T")
 SPLITS = ("train", "validation")
 ENCODE_BATCH = 256
 FORMAT = 1  # raise when the same config gives other bytes
@@ -56,7 +57,7 @@ def prepare_documents(config: Config) -> Path:
         facts: dict[str, Any] = {"corpus": asdict(config.corpus)}
         for split in SPLITS:
             reading = read_corpus(config.corpus, split, Path(config.data_dir) / "downloads")
-            with _progress(f"reading {config.corpus.name} ({split})", None) as advance:
+            with Bar(f"reading {config.corpus.name} ({split})", None) as advance:
                 manifest = write_documents(partial / split, _counted(reading, advance))
             if not manifest.documents:
                 raise UserError(
@@ -109,9 +110,9 @@ def prepare_image_tokenizer(config: Config, documents: Path) -> Path:
         held_out = load_pictures(documents / "validation", config.corpus.image_size, 256)
         if not len(train) or not len(held_out):
             raise UserError(f"corpus {config.corpus.name} has no pictures to train an image tokenizer on")
-        with _progress("training the image tokenizer", config.image_tokenizer.steps) as advance:
+        with Bar("training the image tokenizer", config.image_tokenizer.steps) as advance:
             train_image_tokenizer(
-                train, held_out, config.image_tokenizer, partial, lambda step, row: advance(step, **_short(row))
+                train, held_out, config.image_tokenizer, partial, lambda step, row: advance(step, note=_short(row))
             )
 
     final = _timed("image tokenizer", final, build)
@@ -135,7 +136,7 @@ def prepare_tokens(config: Config, documents: Path, text_folder: Path, image_fol
         num_images = 0
         for split in SPLITS:
             shards = DocumentShards(documents / split)
-            with _progress(f"tokenizing ({split})", len(shards)) as advance:
+            with Bar(f"tokenizing ({split})", len(shards)) as advance:
                 encoded = _counted(_encode(shards, text, image, vocabulary, config.corpus.image_size), advance)
                 write_tokens(partial / split, encoded, vocabulary, text.fingerprint, image.fingerprint)
             num_images += sum(len(document.images) for document in shards)
@@ -201,41 +202,18 @@ def _path_fingerprint(path: str) -> str:
     return fingerprint(str(root.resolve()), [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 
-def _timed(what: str, final: Path, build: Any) -> Path:
+def _timed(what: str, final: Path, build: Callable[[Path], None]) -> Path:
     start, existed = time.monotonic(), final.is_dir()
     build_artifact(final, build)
-    print(f"{what}: {os.path.relpath(final)} ({'found' if existed else f'built in {time.monotonic() - start:.1f} s'})")
+    print(f"{what}: {os.path.relpath(final)} ({'found' if existed else f'built in {time.monotonic() - start:.1f} s'})", flush=True)
     return final
 
 
-def _counted(items: Any, advance: Any) -> Iterator[Any]:
+def _counted(items: Iterable[T], advance: Bar) -> Iterator[T]:
     for count, item in enumerate(items, start=1):
         yield item
         advance(count)
 
 
-def _short(row: dict[str, Any]) -> dict[str, str]:
-    return {"note": "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, (int, float)))}
-
-
-class _progress:
-    """A rich progress bar; silent where the output is not a terminal."""
-
-    def __init__(self, label: str, total: int | None):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.progress = Progress(*columns, transient=True)
-        self.label, self.total = label, total
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        task = self.progress.add_task(self.label, total=self.total, note="")
-        return lambda done, note="": self.progress.update(task, completed=done, note=note)
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+def _short(row: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, (int, float)))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose, load_frozen, with_overrides
@@ -19,6 +18,7 @@ from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 from mmtrain.train.checkpoint import Checkpoint, latest_checkpoint, load_model, read_checkpoint
 from mmtrain.train.run import LAST, Artifacts
+from mmtrain.verbs.progress import Bar
 
 __all__ = ["TrainedRun", "open_trained", "show_progress"]
 
@@ -128,9 +128,8 @@ def _last(root: Path) -> Path:
     return root / note.read_text().strip()
 
 
-def show_progress(sampler: Sampler, label: str) -> Progress:
+def show_progress(sampler: Sampler, label: str) -> Bar:
     """A progress bar over the batches of a sampler, as a context manager."""
-    bar = Progress(transient=True)
-    task = bar.add_task(label, total=None)
-    sampler.progress = lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Bar(label)
+    sampler.progress = bar
     return bar

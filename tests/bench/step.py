@@ -8,6 +8,7 @@ PaLM), HFU and peak memory. On CUDA the peak rate is the published one; on a CPU
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -109,7 +110,8 @@ def measure(args: argparse.Namespace, config: Config, world: World) -> Measured:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         loss = float(sums.total) / float(weight) * world.size * accumulation
-    peak_memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_memory = torch.cuda.max_memory_allocated() if on_gpu else resident
     return Measured(seconds[args.warmup :], loss, peak_memory)
 
 
@@ -160,7 +162,7 @@ def report(
     on_gpu = world.device.type == "cuda"
     median = sorted(measured.seconds)[len(measured.seconds) // 2]
     work = flops(args, config, world)
-    share = {name: getattr(work, name) / median / rate if rate else None for name in ("model_causal", "model_palm", "hardware")}
+    share = {name: count / median / rate if rate else None for name, count in dataclasses.asdict(work).items()}
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads per rank",
         "ranks": world.size,

@@ -111,7 +111,8 @@ def from_rank_0(state: State) -> State:
 
 def equal(left: State, right: State) -> bool:
     """Bit for bit, the same names included."""
-    return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(left, right, strict=True))
+    pairs = list(zip(left, right, strict=True))
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
 def straight_and_resumed(name: str, world: World) -> tuple[dict[str, Any], State]:
