@@ -60,6 +60,7 @@ class ImageTokenizerConfig:
     batch_size: int = knob(32, "Pictures per step.", minimum=1)
     lr: float = knob(1e-3, "Peak learning rate (one cycle).", minimum=0.0)
     max_images: int = knob(50_000, "Pictures to train on.", minimum=1)
+    threads: int = knob(1, "CPU threads of training; small pictures gain nothing from more, and lose much on a busy machine.", minimum=1)
     seed: int = knob(0, "Seed of initialization and order.")
 
 

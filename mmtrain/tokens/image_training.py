@@ -23,7 +23,7 @@ WARMUP_FRACTION = 0.05
 L2_WEIGHT = 1.0
 EDGE_WEIGHT = 0.5
 DETAIL_WEIGHT = 16.0
-DETAIL_WINDOW = 9  # pixels, odd
+DETAIL_WINDOW, DETAIL_STRIDE = 8, 4  # pixels
 AUXILIARY_WEIGHT = 1.0
 CLIP = 1.0
 REPORT_EVERY = 20
@@ -52,10 +52,15 @@ def train_image_tokenizer(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        tokenizer = ImageTokenizer(config, images.shape[1]).to(device)
-        _fit(tokenizer, images, config, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            tokenizer = ImageTokenizer(config, images.shape[1]).to(device)
+            _fit(tokenizer, images, config, progress)
+    finally:
+        torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     tokenizer.eval()
     metrics = measure(tokenizer, held_out) | {
@@ -128,14 +133,15 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
 def detail_weight(target: Tensor) -> Tensor:
     """(N, 1, S, S) float32 with mean 1: high where the picture varies, so that flat ground does not set the pace.
 
-    1 + DETAIL_WEIGHT x the standard deviation of the colors in a window around the pixel. target as above.
+    1 + DETAIL_WEIGHT x the standard deviation of the colors in a window around the pixel, on a coarse grid: a
+    window at every pixel would cost more than the network. target as above.
     """
-
-    def smooth(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, DETAIL_WINDOW, stride=1, padding=DETAIL_WINDOW // 2, count_include_pad=False)
-
-    variance = (smooth(target.square()) - smooth(target).square()).clamp_min(0).sum(dim=1, keepdim=True)
-    weight = 1 + DETAIL_WEIGHT * variance.sqrt()
+    means, squares = (
+        F.avg_pool2d(x, DETAIL_WINDOW, DETAIL_STRIDE, padding=DETAIL_STRIDE // 2, count_include_pad=False)
+        for x in (target, target.square())
+    )
+    deviation = (squares - means.square()).clamp_min(0).sum(dim=1, keepdim=True).sqrt()
+    weight = 1 + DETAIL_WEIGHT * F.interpolate(deviation, size=target.shape[-2:])
     return weight / weight.mean()
 
 

@@ -30,6 +30,7 @@ from mmtrain.models import build_model, count_parameters
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.launch import check_batch, free_port
+from mmtrain.train.run import environment
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace, config: Config, world: World) -> Measured:
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        loss = float(sums.total) / float(weight) * world.size * accumulation
+        loss = float(sums.total.detach() / weight) * world.size * accumulation
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_memory = torch.cuda.max_memory_allocated() if on_gpu else resident
     return Measured(seconds[args.warmup :], loss, peak_memory)
@@ -161,10 +162,11 @@ def report(
     """Print the table, and write it as JSON where asked."""
     on_gpu = world.device.type == "cuda"
     median = sorted(measured.seconds)[len(measured.seconds) // 2]
-    work = flops(args, config, world)
+    work, processor = flops(args, config, world), environment()["processor"]
     share = {name: count / median / rate if rate else None for name, count in dataclasses.asdict(work).items()}
     result = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads per rank",
+        "device": torch.cuda.get_device_name() if on_gpu else processor,
+        "threads": torch.get_num_threads(),
         "ranks": world.size,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
         | {"python": platform.python_version(), "cuda": torch.version.cuda},

@@ -76,7 +76,7 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
         engine.backward(sums.total, weight)
         norm = engine.step(1e-3)
         assert norm is not None and float(norm) > 0
-        losses.append(float(sums.total / weight))
+        losses.append(float(sums.total.detach() / weight))
     return losses
 
 
