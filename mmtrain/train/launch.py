@@ -1,5 +1,6 @@
 """Start the processes of a run with the `deepspeed` launcher."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,21 +11,35 @@ from pathlib import Path
 
 from mmtrain.config import Config, UserError
 
+GRACE_SECONDS = 5.0
+
 
 def launch(run_dir: Path, config: Config) -> int:
     """Train the run in `run_dir` on the configured processes; returns their exit code."""
     command, environment = launch_command(run_dir, config)
-    process = subprocess.Popen(command, env=environment)
+    # A session of its own: the launcher leaves its workers behind when it is interrupted, so that we end all of it.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, kind)
+            if kind is signal.SIGTERM and process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def launch_command(run_dir: Path, config: Config) -> tuple[list[str], dict[str, str]]:
     """The launcher's command line and environment."""
+    import torch  # noqa: PLC0415
+
     ranks = num_ranks(config)
     check_batch(config, ranks)
     environment = dict(os.environ)
@@ -32,6 +47,8 @@ def launch_command(run_dir: Path, config: Config) -> tuple[list[str], dict[str, 
     # The worker must find this package also when it was started from a source checkout.
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
     if config.engine.hostfile:
         if not Path(config.engine.hostfile).is_file():

@@ -44,6 +44,8 @@ def train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     steps = config.train.steps
     peak = device_peak(config, world)
+    if run.tracker and world.device.type == "cpu" and peak:
+        run.tracker.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
     window = new_window(run)
     row: dict[str, Any] = {}
     rows = config.stream.global_batch // world.size
@@ -123,6 +125,8 @@ def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str,
         "step_seconds": seconds / totals.steps,
         "data_seconds": totals.data_seconds / totals.steps,
         "padding": totals.padding / (totals.padding + totals.num_tokens),
+        "truncated_documents": totals.truncated,
+        "dropped_retrieved": totals.dropped_retrieved,
         "mfu_causal": utilization(totals.flops.model_causal),
         "mfu_palm": utilization(totals.flops.model_palm),
         "hfu": utilization(totals.flops.hardware),

@@ -88,6 +88,16 @@ def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) 
     command: the command line, kept in environment.json without secrets.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    if has_checkpoint(run_dir / "checkpoints") and (run_dir / "artifacts.json").is_file():
+        trained_on = Artifacts.load(run_dir)
+        for name, old, new in (
+            (f.name, getattr(trained_on, f.name), getattr(artifacts, f.name)) for f in fields(artifacts)
+        ):
+            if (old and old.resolve()) != (new and new.resolve()):
+                raise UserError(
+                    f"{name} of run {run_dir} was {old}, and is {new} now: the data or the program changed since; "
+                    "choose another name=, or bring the old data back"
+                )
     freeze(config, run_dir / "config.yaml")
     artifacts.save(run_dir)
     facts = {"command": redact(command), **environment()}

@@ -24,6 +24,8 @@ class Totals:
     cross_entropy: dict[str, tuple[float, float]]
     tokens: dict[str, int]
     padding: int
+    truncated: int
+    dropped_retrieved: int
     flops: StepFlops
 
     @property
@@ -62,7 +64,7 @@ class Window:
     def reset(self) -> None:
         """Start anew."""
         self.cross_entropy = torch.zeros(len(MODALITIES), 2, dtype=torch.float64, device=self.world.device)
-        self.counts = np.zeros(len(TOKEN_KINDS) + 2, dtype=np.int64)
+        self.counts = np.zeros(len(TOKEN_KINDS) + 4, dtype=np.int64)
         self.steps, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
 
     def add_loss(self, sums: LossSums) -> None:
@@ -72,7 +74,9 @@ class Window:
     def add_step(self, counts: BatchCounts, rows: int, data_seconds: float = 0.0) -> None:
         """Add the counts of this rank's share of a step, which has `rows` rows."""
         kinds = [counts.tokens[kind] for kind in TOKEN_KINDS]
-        self.counts += np.array([*kinds, np.square(counts.lengths).sum(), rows])
+        self.counts += np.array(
+            [*kinds, np.square(counts.lengths).sum(), rows, counts.truncated, counts.dropped_retrieved]
+        )
         self.data_seconds += data_seconds
         self.steps += 1
 
@@ -80,7 +84,7 @@ class Window:
         """Sum over ranks and reset."""
         self.world.sum(self.cross_entropy)
         integers = self.world.sum(torch.as_tensor(self.counts, device=self.world.device))
-        *kinds, squares, rows = integers.tolist()
+        *kinds, squares, rows, truncated, dropped = integers.tolist()
         num_tokens = sum(kinds)
         micro_tokens = self.micro_rows * self.row_length
         flops = flops_from_sums(
@@ -94,6 +98,8 @@ class Window:
             cross_entropy={name: (pair[0], pair[1]) for name, pair in zip(MODALITIES, pairs, strict=True)},
             tokens=dict(zip(TOKEN_KINDS, kinds, strict=True)),
             padding=rows * self.row_length - num_tokens,
+            truncated=truncated,
+            dropped_retrieved=dropped,
             flops=flops,
         )
         self.reset()

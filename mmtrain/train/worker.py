@@ -1,11 +1,14 @@
 """One rank of a training run: `python -m mmtrain.train.worker --run-dir RUN`, started by the launcher."""
 
 import argparse
+import contextlib
+import fcntl
 import logging
 import os
 import sys
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,9 +43,10 @@ def main() -> int:
     run = None
     code = 1
     try:
-        run = build_run(folder, load_frozen(folder / "config.yaml"), world)
-        train(run)
-        code = 0
+        with claim(folder) if world.rank == 0 else contextlib.nullcontext():
+            run = build_run(folder, load_frozen(folder / "config.yaml"), world)
+            train(run)
+            code = 0
     except UserError as error:
         if os.environ.get("MMTRAIN_DEBUG"):
             raise
@@ -52,8 +56,20 @@ def main() -> int:
     finally:
         if run and run.tracker:
             run.tracker.close(code)
-    torch.distributed.destroy_process_group()
+    if code == 0:
+        torch.distributed.destroy_process_group()
     return code
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Lock the run directory; raises UserError when another process trains in it."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {folder}; stop it, or choose another name=") from error
+        yield
 
 
 def build_run(folder: Path, config: Config, world: World) -> Run:

@@ -47,7 +47,7 @@ and a manifest. What exists already is reused; another setting makes another fol
 Prints documents, tokens by kind, bytes and what was skipped, and why.
 
 Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
-  mmtrain data corpus=pairs corpus.name=holiday corpus.path=~/pictures/holiday corpus.image_size=64
+  mmtrain data corpus=pairs corpus.name=holiday corpus.path=pictures/holiday corpus.image_size=64
 
 Example: procedural shapes, nothing to download
   mmtrain data corpus=shapes corpus.num_documents=5000

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
 from mmtrain.documents import decode_square, read_corpus
@@ -126,7 +127,8 @@ def prepare_image_tokenizer(config: Config, documents: Path) -> Path:
 
 def prepare_tokens(config: Config, documents: Path, text_folder: Path, image_folder: Path) -> Path:
     """Token shards of both splits, with vocabulary.json beside them."""
-    text, image = TextTokenizer.load(text_folder / "tokenizer.json"), ImageTokenizer.load(image_folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text, image = TextTokenizer.load(text_folder / "tokenizer.json"), ImageTokenizer.load(image_folder).to(device)
     vocabulary = Vocabulary(text.size, image.num_codes, config.objective.num_sentinels)
     key = fingerprint(FORMAT, documents.name, text.fingerprint, image.fingerprint, vocabulary.fingerprint)
     final = _folder(config, "tokens", key)
@@ -192,20 +194,21 @@ def _folder(config: Config, stage: str, key: str) -> Path:
 
 
 def _path_fingerprint(path: str) -> str:
-    """Identity of a folder or file of the user's data: names, sizes and times, not contents."""
+    """Identity of the user's data: names, sizes and times of the files in a folder; of a table, the table's own."""
     root = Path(path)
     if not root.exists():
         raise UserError(f"corpus.path={path} does not exist; give a folder of pictures or a captions file")
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    if root.is_file():
-        files += sorted(p for p in root.parent.rglob("*") if p.is_file() and p != root)
     return fingerprint(str(root.resolve()), [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 
 def _timed(what: str, final: Path, build: Callable[[Path], None]) -> Path:
     start, existed = time.monotonic(), final.is_dir()
     build_artifact(final, build)
-    print(f"{what}: {os.path.relpath(final)} ({'found' if existed else f'built in {time.monotonic() - start:.1f} s'})", flush=True)
+    print(
+        f"{what}: {os.path.relpath(final)} ({'found' if existed else f'built in {time.monotonic() - start:.1f} s'})",
+        flush=True,
+    )
     return final
 
 

@@ -26,6 +26,6 @@ def main(argv: list[str]) -> int:
         found = [" ".join(memory[int(j)].texts) or memory[int(j)].id for j in neighbours.candidates(i)[:3]]
         print(f"{' '.join(queries[i].texts) or queries[i].id}\n    " + "\n    ".join(found))
     facts = json.loads((folder / "train" / "neighbours.json").read_text())
-    left_out = ", ".join(f"{count} {reason}" for reason, count in facts.get("filtered", {}).items())
+    left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items())
     closing_box("neighbours", {"folder": os.path.relpath(folder), "left out": left_out or "none"})
     return 0
