@@ -40,8 +40,12 @@ class Engine(Protocol):
         """Float32 parameters by name and moments by `exp_avg.NAME`; filled on rank 0, all ranks must call."""
         ...
 
-    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
-        """Restore what `state` returned after `step` updates; all ranks must call."""
+    def updates(self) -> int:
+        """Updates that AdamW made: steps less those skipped for a gradient that was not finite."""
+        ...
+
+    def load(self, parameters: TensorDict, moments: TensorDict, updates: int) -> None:
+        """Restore what `state` returned after `updates` updates; all ranks must call."""
         ...
 
 
@@ -173,7 +177,11 @@ class DeepSpeedEngine:
                     moments[f"{key}.{name}"] = value.detach().float().cpu().clone().reshape(full.shape)
         return parameters, moments
 
-    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
+    def updates(self) -> int:
+        self._create_moments()
+        return int(next(iter(self._inner().state.values()))["step"])
+
+    def load(self, parameters: TensorDict, moments: TensorDict, updates: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # noqa: PLC0415
 
         self._create_moments()
@@ -189,7 +197,7 @@ class DeepSpeedEngine:
                 for key, value in full_moments.items():
                     safe_set_full_optimizer_state(parameter, value, key)
         for state in self._inner().state.values():
-            state["step"].fill_(float(step))
+            state["step"].fill_(float(updates))
         self._refresh_compute_copies()
 
     def _plain(self) -> bool:
@@ -286,13 +294,17 @@ class DdpEngine:
         }
         return parameters, moments
 
-    def load(self, parameters: TensorDict, moments: TensorDict, step: int) -> None:
+    def updates(self) -> int:
+        self._create_moments()
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
+    def load(self, parameters: TensorDict, moments: TensorDict, updates: int) -> None:
         self._create_moments()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(parameters[name])
                 state = self.optimizer.state[parameter]
-                state["step"].fill_(float(step))
+                state["step"].fill_(float(updates))
                 for key in MOMENTS:
                     state[key].copy_(moments[f"{key}.{name}"])
 

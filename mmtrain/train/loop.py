@@ -149,11 +149,13 @@ def evaluate(run: Run) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Write a checkpoint of this step (rank 0 writes, all ranks take part)."""
     parameters, moments = run.engine.state()
+    updates = run.engine.updates()
     lanes = run.world.gather(run.stream.state(run.step - 1, run.world.rank, run.world.size))
     failure = None
     if run.world.rank == 0:
         state = {
             "step": run.step,
+            "updates": updates,
             "tokens": run.tokens,
             "stream": merge_states(lanes),
             "ledger": run.ledger.state(),
@@ -175,7 +177,7 @@ def save(run: Run) -> None:
 def restore(run: Run, checkpoint: Checkpoint, parameters: dict[str, Any], moments: dict[str, Any]) -> None:
     """Continue from a checkpoint of this run, of any world size and ZeRO stage."""
     run.step, run.tokens = checkpoint.step, int(checkpoint.state["tokens"])
-    run.engine.load(parameters, moments, run.step)
+    run.engine.load(parameters, moments, int(checkpoint.state["updates"]))
     run.stream.load(checkpoint.state["stream"])
     run.ledger.load(checkpoint.state["ledger"])
 

@@ -151,7 +151,7 @@ def poisoned(name: str, world: World) -> bool:
     engine.backward(engine.forward(inputs).total * float("nan"), torch.tensor(1.0))
     engine.step(1e-3)
     after = engine.state()
-    return world.rank != 0 or equal(before, after)
+    return engine.updates() == 1 and (world.rank != 0 or equal(before, after))
 
 
 def main() -> None:
