@@ -124,6 +124,7 @@ def flops_from_sums(
     *,
     micro_tokens: int = 0,
     dense_attention: bool = True,
+    computed_squares: int | None = None,
 ) -> StepFlops:
     """`step_flops` from sums over documents, which add up over steps and ranks.
 
@@ -132,6 +133,7 @@ def flops_from_sums(
       works in chunks and computes each again in the backward pass (0: it does not).
     dense_attention: the kernel computes all row_length^2 scores and masks them (SDPA with a mask); False for
       kernels that skip what documents and causality exclude.
+    computed_squares: scores per head that the kernel really computes, where it is neither of the two.
     Raises ValueError when the documents do not fit the rows.
     """
     per_token = forward_flops_per_token(model, vocabulary_size)
@@ -143,7 +145,9 @@ def flops_from_sums(
     causal = num_tokens * linear + _scores_forward(model, squared_lengths) // 2
     palm = num_tokens * (linear + _scores_forward(model, row_length))
     computed_scores = _scores_forward(model, num_rows * row_length**2)
-    if not dense_attention:
+    if computed_squares is not None:
+        computed_scores = _scores_forward(model, computed_squares)
+    elif not dense_attention:
         computed_scores = _scores_forward(model, squared_lengths) // 2
     hardware = BACKWARD_AND_FORWARD * (row_tokens * linear + computed_scores)
     if model.activation_checkpointing:

@@ -3,9 +3,19 @@
 Models know nothing of files, processes or optimizers. A new family is one file and one line in `FAMILIES`.
 """
 
-from mmtrain.models.attention import KVCache, document_mask
+from mmtrain.models.attention import KVCache, Packing, document_mask, pack_documents
 from mmtrain.models.cm3leon import Cm3leon
 from mmtrain.models.loss import LossSums
 from mmtrain.models.registry import FAMILIES, build_model, count_parameters
 
-__all__ = ["FAMILIES", "Cm3leon", "KVCache", "LossSums", "build_model", "count_parameters", "document_mask"]
+__all__ = [
+    "FAMILIES",
+    "Cm3leon",
+    "KVCache",
+    "LossSums",
+    "Packing",
+    "build_model",
+    "count_parameters",
+    "document_mask",
+    "pack_documents",
+]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.config import ModelConfig
-from mmtrain.models.attention import KVCache, SelfAttention, document_mask
+from mmtrain.models.attention import KVCache, Packing, SelfAttention, pack_documents
 from mmtrain.models.loss import Head, LossSums
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -32,8 +32,8 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(ffn_width, config.width, bias=False)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x_BSD: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask, cache, layer)
+    def forward(self, x_BSD: Tensor, packing: Packing, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), packing, cache, layer)
         return x_BSD + self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x_BSD))))
 
 
@@ -75,20 +75,20 @@ class Cm3leon(nn.Module):
         loss_weight: (B, S) float32.
         """
         x_BSD = self.token_embedding(tokens) + self.position_embedding(position)
-        mask = document_mask(document)
+        packing = pack_documents(document)
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
-                x_BSD = checkpoint(block, x_BSD, mask, use_reentrant=False)
+                x_BSD = checkpoint(block, x_BSD, packing, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, mask)
+                x_BSD = block(x_BSD, packing)
         return self.head(self.final_norm(x_BSD), targets, loss_weight, modality)
 
     def logits(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
         """(B, S, V) logits of a packed batch, without a cache."""
         x_BSD = self.token_embedding(tokens) + self.position_embedding(position)
-        mask = document_mask(document)
+        packing = pack_documents(document)
         for block in self.blocks:
-            x_BSD = block(x_BSD, mask)
+            x_BSD = block(x_BSD, packing)
         return self.head(self.final_norm(x_BSD))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -103,6 +103,6 @@ class Cm3leon(nn.Module):
         """
         x_BSD = self.token_embedding(tokens) + self.position_embedding(position)
         for layer, block in enumerate(self.blocks):
-            x_BSD = block(x_BSD, mask, cache, layer)
+            x_BSD = block(x_BSD, Packing(mask), cache, layer)
         cache.length += tokens.shape[1]
         return self.head(self.final_norm(x_BSD[:, -1:]))[:, 0]

@@ -64,7 +64,7 @@ class Window:
     def reset(self) -> None:
         """Start anew."""
         self.cross_entropy = torch.zeros(len(MODALITIES), 2, dtype=torch.float64, device=self.world.device)
-        self.counts = np.zeros(len(TOKEN_KINDS) + 4, dtype=np.int64)
+        self.counts = np.zeros(len(TOKEN_KINDS) + 5, dtype=np.int64)
         self.steps, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
 
     def add_loss(self, sums: LossSums) -> None:
@@ -74,9 +74,11 @@ class Window:
     def add_step(self, counts: BatchCounts, rows: int, data_seconds: float = 0.0) -> None:
         """Add the counts of this rank's share of a step, which has `rows` rows."""
         kinds = [counts.tokens[kind] for kind in TOKEN_KINDS]
-        self.counts += np.array(
-            [*kinds, np.square(counts.lengths).sum(), rows, counts.truncated, counts.dropped_retrieved]
-        )
+        squares = np.square(counts.lengths).sum()
+        scores = rows * self.row_length**2
+        if self.world.device.type == "cpu":  # as models.pack_documents decides (for the whole share of the rank)
+            scores = min(scores, counts.documents * int(counts.lengths.max(initial=0)) ** 2)
+        self.counts += np.array([*kinds, squares, scores, rows, counts.truncated, counts.dropped_retrieved])
         self.data_seconds += data_seconds
         self.steps += 1
 
@@ -84,11 +86,18 @@ class Window:
         """Sum over ranks and reset."""
         self.world.sum(self.cross_entropy)
         integers = self.world.sum(torch.as_tensor(self.counts, device=self.world.device))
-        *kinds, squares, rows, truncated, dropped = integers.tolist()
+        *kinds, squares, scores, rows, truncated, dropped = integers.tolist()
         num_tokens = sum(kinds)
         micro_tokens = self.micro_rows * self.row_length
         flops = flops_from_sums(
-            self.model, self.vocabulary_size, num_tokens, squares, rows, self.row_length, micro_tokens=micro_tokens
+            self.model,
+            self.vocabulary_size,
+            num_tokens,
+            squares,
+            rows,
+            self.row_length,
+            micro_tokens=micro_tokens,
+            computed_squares=scores,
         )
         pairs = self.cross_entropy.tolist()
         totals = Totals(
