@@ -53,6 +53,7 @@ class ImageTokenizerConfig:
     quantizer: str = knob("fsq", "Quantizer.", choices=("fsq", "vq", "lfq"))
     levels: list[int] = knob([8, 5, 5, 5], "fsq: levels per channel; their product is the number of codes.")
     codebook_size: int = knob(1024, "vq, lfq: number of codes (lfq: a power of two).", minimum=2)
+    encoder: str = knob("conv", "conv = codes see their surroundings (best pictures); patch = each code sees its own patch alone (codes that a language model learns in half the time).", choices=("conv", "patch"))
     downsample: int = knob(8, "Pixels per code along one side, a power of two.", choices=(2, 4, 8, 16, 32))
     width: int = knob(32, "Channels of the first convolution; doubled at each halving up to 4x.", minimum=4)
     latent_dim: int = knob(16, "Channels in front of the quantizer (vq, lfq).", minimum=1)

@@ -29,15 +29,16 @@ STEM = 4
 BLOCKS = 1
 # Each cell of the last grid draws 4x4 pixels with sharp edges: a wide hidden layer there buys more than depth.
 HEAD_EXPANSION = 6
+PATCH_EXPANSION = 16
 
 
 class Residual(nn.Module):
     """x + conv(act(conv(act(x)))); starts as the identity, so it needs no normalization (Fixup, Zhang et al. 2019)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.second = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(cast(Tensor, self.second.bias))
 
@@ -65,6 +66,18 @@ def build_encoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential
         channels = wider
     layers += [nn.SiLU(), nn.Conv2d(channels, latent_dim, 1)]
     return nn.Sequential(*layers)
+
+
+def build_patch_encoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential:
+    """As `build_encoder`, but every code sees its own patch of downsample x downsample pixels and nothing else.
+
+    What a code says then depends on no other patch: flat ground is one code wherever it is, and the sequence of codes
+    is far easier to predict (docs/log.md). The decoder still sees all codes around.
+    """
+    channels = PATCH_EXPANSION * width
+    layers: list[nn.Module] = [nn.PixelUnshuffle(downsample), nn.Conv2d(3 * downsample**2, channels, 1)]
+    layers += [Residual(channels, kernel=1) for _ in range(2)]
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, latent_dim, 1))
 
 
 def build_decoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential:
@@ -135,7 +148,8 @@ class ImageTokenizer(nn.Module):
         self.grid = image_size // config.downsample
         self.tokens_per_image = self.grid**2
         self.quantizer, self.num_codes, self.latent_dim = build_quantizer(config)
-        self.encoder = build_encoder(config.width, config.downsample, self.latent_dim)
+        build = build_patch_encoder if config.encoder == "patch" else build_encoder
+        self.encoder = build(config.width, config.downsample, self.latent_dim)
         self.decoder = build_decoder(config.width, config.downsample, self.latent_dim)
         self.to(memory_format=torch.channels_last)
 

@@ -106,3 +106,14 @@ def test_flops_equal_the_sum_over_convolutions(downsample):
     total = 0
     tokenizer.eval()(to_signal(pictures(1, 32), torch.device("cpu")))
     assert tokenizer.train_flops_per_image == 3 * total
+
+
+@pytest.mark.parametrize(("encoder", "stays_local"), [("patch", True), ("conv", False)])
+def test_a_code_of_the_patch_encoder_sees_its_own_patch_alone(encoder, stays_local):
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(width=4, levels=[8, 8, 8, 8], encoder=encoder), 32)
+    before = pictures(4, 32)
+    after = before.copy()
+    after[:, :8, :8] = 255 - after[:, :8, :8]
+    changed = (tokenizer.encode(before) != tokenizer.encode(after)).any(axis=0)
+    assert changed[0] and bool(changed[1:].any()) != stays_local
