@@ -105,6 +105,7 @@ class StreamConfig:
     global_batch: int = knob(16, "Sequences per optimizer step, over all ranks.", minimum=1)
     lanes: int = knob(16, "Logical lanes; fixed for the life of a run.", minimum=1)
     lookahead: int = knob(16, "Documents a lane may look ahead for the best fit.", minimum=1)
+    picture_alignment: int = knob(0, "Positions of a picture after a boundary start at a multiple of this, at most the tokens of a picture (0: no), so that a learned position means one row and column behind captions of any length.", minimum=0)
     prefetch: int = knob(4, "Batches prepared ahead in a background thread.", minimum=0)
 
 

@@ -94,6 +94,11 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
             "0 makes them equal"
         )
     tokens_per_image = (config.corpus.image_size // config.image_tokenizer.downsample) ** 2
+    if config.stream.picture_alignment > tokens_per_image:
+        raise UserError(
+            f"stream.picture_alignment={config.stream.picture_alignment} is more than the {tokens_per_image} tokens "
+            "of a picture; use at most that"
+        )
     if length < tokens_per_image + SHORTEST_CAPTION:
         yield (
             f"stream.sequence_length={length} cannot hold one picture ({tokens_per_image} tokens) and its caption; "

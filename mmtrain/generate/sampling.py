@@ -35,24 +35,29 @@ def sample_tokens(
     stop: int | None,
     seeds: Sequence[tuple[int | str, ...]],
     settings: SamplingSettings,
+    positions: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """(B, length) int64 ids continuing each prompt; after `stop` a row repeats `stop`.
 
     prompts: B id arrays; unconditional: their counterparts for guidance, or None; allowed: (V,) bool, ids the
-    grammar admits; seeds: one random key per prompt. Raises UserError when prompt + length exceeds the
+    grammar admits; seeds: one random key per prompt; positions: for each prompt, then
+    for each unconditional one, the positions of its ids and of the first new one (default: 0, 1, 2 ...).
+    Raises UserError when prompt + length exceeds the
     model's positions.
     """
     guided = unconditional is not None and settings.guidance != 1.0
     rows = [*prompts, *unconditional] if guided and unconditional is not None else list(prompts)
     longest = max(len(row) for row in rows)
-    if longest + length > model.max_positions:
+    if positions is None:
+        positions = [np.arange(len(row) + 1) for row in rows]
+    if max(int(row[-1]) for row in positions) + length > model.max_positions:
         raise UserError(
             f"a prompt of {longest} tokens and {length} new ones exceed the model's {model.max_positions} positions; "
             "shorten the prompt or retrieve fewer documents"
         )
     device = next(model.parameters()).device
     B = len(prompts)
-    tokens_RP, position_RP, valid_RP = _left_pad(rows, longest, device)
+    tokens_RP, position_RP, valid_RP = _left_pad(rows, positions, longest, device)
     mask = (valid_RP[:, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril())[:, None]
     # A padded query position would have no key at all: let it see itself.
     mask |= torch.eye(longest, dtype=torch.bool, device=device)
@@ -60,7 +65,7 @@ def sample_tokens(
     allowed_V = torch.as_tensor(allowed, device=device)
     uniform_BN = torch.tensor(np.stack([random_stream(*seed).random(length) for seed in seeds]), device=device)
     seen_RT = torch.cat([valid_RP, torch.ones(len(rows), length, dtype=torch.bool, device=device)], dim=1)
-    next_position_R1 = position_RP[:, -1:] + 1
+    next_position_R1 = torch.tensor([[int(row[-1])] for row in positions[: len(rows)]], device=device)
     finished_B = torch.zeros(B, dtype=torch.bool, device=device)
     output_BN = torch.empty(B, length, dtype=torch.int64, device=device)
 
@@ -101,13 +106,16 @@ def choose(logits_BV: Tensor, allowed_V: Tensor, uniform_B: Tensor, settings: Sa
     return ids_BV.gather(1, index_B1)[:, 0]
 
 
-def _left_pad(rows: Sequence[np.ndarray], longest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _left_pad(
+    rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], longest: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, positions (R, P) int64 and validity (R, P) bool, prompts flush right so that all end together."""
     tokens = np.zeros((len(rows), longest), dtype=np.int64)
     valid = np.zeros((len(rows), longest), dtype=bool)
+    position = np.zeros((len(rows), longest), dtype=np.int64)
     for index, row in enumerate(rows):
         tokens[index, longest - len(row) :] = row
         valid[index, longest - len(row) :] = True
-    position = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
+        position[index, longest - len(row) :] = positions[index][:-1]
     to = torch.as_tensor
     return to(tokens, device=device), to(position, device=device), to(valid, device=device)

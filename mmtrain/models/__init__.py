@@ -6,7 +6,7 @@ Models know nothing of files, processes or optimizers. A new family is one file 
 from mmtrain.models.attention import KVCache, Packing, document_mask, pack_documents
 from mmtrain.models.cm3leon import Cm3leon
 from mmtrain.models.loss import LossSums
-from mmtrain.models.registry import FAMILIES, build_model, count_parameters
+from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions
 
 __all__ = [
     "FAMILIES",
@@ -17,5 +17,6 @@ __all__ = [
     "build_model",
     "count_parameters",
     "document_mask",
+    "num_positions",
     "pack_documents",
 ]

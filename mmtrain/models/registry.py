@@ -2,7 +2,7 @@
 
 import torch
 
-from mmtrain.config import ModelConfig
+from mmtrain.config import Config, ModelConfig
 from mmtrain.models.cm3leon import Cm3leon
 
 FAMILIES = {"cm3leon": Cm3leon}
@@ -12,6 +12,13 @@ def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, d
     """An uninitialized model on `device` ("meta" allocates nothing); call `initialize(seed)` before training."""
     with torch.device(device):
         return FAMILIES[config.family](config, vocabulary_size, max_positions)
+
+
+def num_positions(config: Config) -> int:
+    """Learned positions that a run needs: with aligned pictures a sequence spreads over up to twice its length."""
+    if config.model.max_positions:
+        return config.model.max_positions
+    return config.stream.sequence_length * (2 if config.stream.picture_alignment else 1)
 
 
 def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:

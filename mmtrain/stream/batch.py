@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from mmtrain.objective import TrainingSequence
+from mmtrain.objective import TrainingSequence, positions
 from mmtrain.tokens import MODALITIES, Vocabulary
 
 KINDS = (*MODALITIES, "retrieved")
@@ -50,7 +50,7 @@ class BatchCounts:
 
 
 def collate(
-    rows: Sequence[Sequence[TrainingSequence]], sequence_length: int, vocabulary: Vocabulary
+    rows: Sequence[Sequence[TrainingSequence]], sequence_length: int, vocabulary: Vocabulary, alignment: int = 0
 ) -> tuple[Batch, BatchCounts]:
     """Lay the sequences of each row side by side; each row's lengths add up to at most `sequence_length`."""
     shape = (len(rows), sequence_length)
@@ -60,7 +60,6 @@ def collate(
     document = np.full(shape, -1, dtype=np.int32)
     position = np.zeros(shape, dtype=np.int32)
     is_retrieved = np.zeros(shape, dtype=bool)
-    counting = np.arange(sequence_length, dtype=np.int32)
     for i, row in enumerate(rows):
         start = 0
         for number, sequence in enumerate(row):
@@ -69,7 +68,7 @@ def collate(
             targets[i, start : end - 1] = sequence.tokens[1:]
             loss_weight[i, start:end] = sequence.loss_weight
             document[i, start:end] = number
-            position[i, start:end] = counting[: end - start]
+            position[i, start:end] = positions(sequence.tokens, vocabulary, alignment)
             is_retrieved[i, start:end] = sequence.is_retrieved
             start = end
     is_document = document >= 0

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config import Config, UserError, build_artifact
-from mmtrain.models import Cm3leon, build_model
+from mmtrain.models import Cm3leon, build_model, num_positions
 
 MANIFEST = "MANIFEST.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -128,7 +128,7 @@ def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, voc
             f"checkpoint {checkpoint.path} was trained with another vocabulary ({checkpoint.state['vocabulary']}, "
             f"here {vocabulary_fingerprint}); use the tokenizers of its run"
         )
-    model = build_model(config.model, vocabulary_size, config.model.max_positions or config.stream.sequence_length)
+    model = build_model(config.model, vocabulary_size, num_positions(config))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
         with safe_open(checkpoint.path / "model.safetensors", "pt") as file:

@@ -16,7 +16,7 @@ import torch
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import load_frozen
 from mmtrain.flops import Ledger
-from mmtrain.models import build_model, count_parameters
+from mmtrain.models import build_model, count_parameters, num_positions
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards
 from mmtrain.stream import Source, Stream
@@ -85,7 +85,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
             f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens}; choose another name="
         )
 
-    positions = config.model.max_positions or config.stream.sequence_length
+    positions = num_positions(config)
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
     share = config.stream.global_batch // world.size

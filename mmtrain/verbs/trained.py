@@ -65,8 +65,9 @@ class TrainedRun:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.config.engine.dtype == "bf16":
             model = model.to(torch.bfloat16)
-        image = self.image.to(device)
-        return Sampler(model.to(device), self.vocabulary, self.text, image, self.config.generate.batch_size)
+        image, g = self.image.to(device), self.config.generate
+        alignment = self.config.stream.picture_alignment
+        return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size, alignment)
 
     @cached_property
     def memory(self) -> Memory | None:
