@@ -40,10 +40,9 @@ def sample_tokens(
     """(B, length) int64 ids continuing each prompt; after `stop` a row repeats `stop`.
 
     prompts: B id arrays; unconditional: their counterparts for guidance, or None; allowed: (V,) bool, ids the
-    grammar admits; seeds: one random key per prompt; positions: for each prompt, then
-    for each unconditional one, the positions of its ids and of the first new one (default: 0, 1, 2 ...).
-    Raises UserError when prompt + length exceeds the
-    model's positions.
+    grammar admits; seeds: one random key per prompt; positions: for each prompt, then for each unconditional one,
+    the positions of its ids and of the first new one (default: 0, 1, 2 ...).
+    Raises UserError when prompt + length exceeds the model's positions.
     """
     guided = unconditional is not None and settings.guidance != 1.0
     rows = [*prompts, *unconditional] if guided and unconditional is not None else list(prompts)
