@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from mmtrain.config import Config, UserError
 
 GRACE_SECONDS = 5.0
@@ -17,19 +19,24 @@ GRACE_SECONDS = 5.0
 def launch(run_dir: Path, config: Config) -> int:
     """Train the run in `run_dir` on the configured processes; returns their exit code."""
     command, environment = launch_command(run_dir, config)
-    # A session of its own: the launcher leaves its workers behind when it is interrupted, so that we end all of it.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment)
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         return process.wait()
     finally:
         signal.signal(signal.SIGTERM, previous)
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, kind)
-            if kind is signal.SIGTERM and process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
+        end_descendants()
+
+
+def end_descendants() -> None:
+    """End all processes below this one: the launcher leaves its workers behind when it is interrupted."""
+    family = psutil.Process().children(recursive=True)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(family, GRACE_SECONDS)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _terminated(number: int, frame: object) -> None:
