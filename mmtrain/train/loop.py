@@ -65,18 +65,17 @@ def train(run: Run) -> dict[str, Any]:
             run.step = step + 1
 
             saving = due(run.step, config.train.checkpoint_every, steps)
+            row = {}
             if due(run.step, config.track.log_every, steps) or saving:
                 totals = window.reduce()
                 row = book_and_describe(run, totals, peak) | {"lr": rate, "grad_norm": as_float(norm)}
-                if due(run.step, config.train.evaluate_every, steps):
-                    row |= evaluate(run)
-                if run.tracker:
-                    run.tracker.log(run.step, row)
-                    run.ledger.save(run.folder / "ledger.json")
-            elif due(run.step, config.train.evaluate_every, steps):
-                validation_row = evaluate(run)
-                if run.tracker:
-                    run.tracker.log(run.step, validation_row)
+            if due(run.step, config.train.evaluate_every, steps):
+                paused = time.perf_counter()
+                row |= evaluate(run)
+                window.started += time.perf_counter() - paused  # tokens/s and MFU are those of training
+            if row and run.tracker:
+                run.tracker.log(run.step, row)
+                run.ledger.save(run.folder / "ledger.json")
             if saving:
                 save(run)
                 window.started = time.perf_counter()

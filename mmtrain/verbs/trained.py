@@ -92,7 +92,7 @@ class TrainedRun:
             self.memory.search_text(query, k) if isinstance(query, str) else self.memory.search_image(query, k)
             for query in queries
         ]
-        # Best last: nearest to the query, where training placed nothing better.
+        # Training draws their order; here the best one stands last, next to the prompt.
         return [[self.memory_tokens.tokens(i) for i in reversed(indices)] for indices in found]
 
     def book(self, kind: str, flops: int) -> None:
