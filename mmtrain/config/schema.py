@@ -113,13 +113,14 @@ class StreamConfig:
 class ModelConfig:
     """Decoder-only transformer; defaults are CM3leon's (sec. 2.3)."""
 
-    family: str = knob("cm3leon", "Model family.", choices=("cm3leon",))
+    family: str = knob("cm3leon", "cm3leon = LayerNorm without parameters, learned positions; chameleon = RMSNorm, SwiGLU, rotary positions, norms of queries and keys.", choices=("cm3leon", "chameleon"))
     layers: int = knob(8, "Transformer blocks.", minimum=1)
     width: int = knob(256, "Model width.", minimum=8)
     heads: int = knob(4, "Attention heads.", minimum=1)
-    ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width).", minimum=0)
-    activation: str = knob("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu"))
-    max_positions: int = knob(0, "Learned positions (0: stream.sequence_length).", minimum=0)
+    ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width; chameleon: 8/3 x width, up to a multiple of 256).", minimum=0)
+    activation: str = knob("relu", "Activation of the feed-forward layer (chameleon: always SwiGLU).", choices=("relu", "gelu"))
+    max_positions: int = knob(0, "Longest sequence, and the number of learned positions (0: stream.sequence_length).", minimum=0)
+    rope_base: float = knob(10000.0, "Base of the rotary positions (chameleon).", minimum=1.0)
     tie_embeddings: bool = knob(True, "Use the token embedding as the output head.")
     norm_eps: float = knob(1e-5, "Epsilon of the norms.")
     init_std: float = knob(0.006, "Standard deviation of the truncated-normal initialization (cut at 3 sigma).", minimum=0.0)
@@ -128,6 +129,23 @@ class ModelConfig:
     activation_checkpointing: bool = knob(False, "Recompute each block in the backward pass.")
     loss_chunk: int = knob(4096, "Tokens per chunk of the output head; logits of only one chunk exist at a time.", minimum=1)
     z_loss: float = knob(0.0, "Weight of log^2 Z (Chameleon: 1e-5).", minimum=0.0)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions turn queries and keys instead of being learned vectors."""
+        return self.family == "chameleon"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a third matrix, that of its gate."""
+        return self.family == "chameleon"
+
+    @property
+    def feed_forward_width(self) -> int:
+        """`ffn_width`, or the family's own (Llama 2's rule where there is a gate)."""
+        if self.ffn_width:
+            return self.ffn_width
+        return -(-8 * self.width // (3 * 256)) * 256 if self.gated else 4 * self.width
 
 
 @dataclass

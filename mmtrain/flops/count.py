@@ -42,7 +42,7 @@ def _widths(model: ModelConfig) -> tuple[int, int, int]:
     """(layers, width, feed-forward width)."""
     if model.width % model.heads:
         raise UserError(f"model.width={model.width} is no multiple of model.heads={model.heads}; change one.")
-    return model.layers, model.width, model.ffn_width or 4 * model.width
+    return model.layers, model.width, model.feed_forward_width
 
 
 def forward_flops_per_token(model: ModelConfig, vocabulary_size: int) -> dict[str, int]:
@@ -53,7 +53,7 @@ def forward_flops_per_token(model: ModelConfig, vocabulary_size: int) -> dict[st
     layers, width, ffn_width = _widths(model)
     return {
         "attention_projections": 2 * layers * 4 * width * width,
-        "feed_forward": 2 * layers * 2 * width * ffn_width,
+        "feed_forward": 2 * layers * (3 if model.gated else 2) * width * ffn_width,
         "head": 2 * width * vocabulary_size,
     }
 
@@ -152,7 +152,10 @@ def flops_from_sums(
     hardware = BACKWARD_AND_FORWARD * (row_tokens * linear + computed_scores)
     if model.activation_checkpointing:
         # torch's recomputation of a block stops before its last product, whose result nobody needs
-        hardware += row_tokens * (per_token["attention_projections"] + per_token["feed_forward"] // 2) + computed_scores
+        last = per_token["feed_forward"] // (3 if model.gated else 2)
+        hardware += (
+            row_tokens * (per_token["attention_projections"] + per_token["feed_forward"] - last) + computed_scores
+        )
     if micro_tokens > model.loss_chunk:
         hardware += row_tokens * per_token["head"]
     return StepFlops(BACKWARD_AND_FORWARD * causal, BACKWARD_AND_FORWARD * palm, hardware)

@@ -7,7 +7,7 @@ import numpy as np
 
 from mmtrain.config import UserError
 from mmtrain.generate.sampling import SamplingSettings, sample_tokens
-from mmtrain.models import Cm3leon
+from mmtrain.models import Decoder
 from mmtrain.objective.assemble import fit_retrieved
 from mmtrain.objective.positions import positions
 from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
@@ -39,7 +39,7 @@ class Written:
 class Sampler:
     """A model with its tokenizers; `progress(done, total)` is called after each batch."""
 
-    model: Cm3leon
+    model: Decoder
     vocabulary: Vocabulary
     text: TextTokenizer
     image: ImageTokenizer

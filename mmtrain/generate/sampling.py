@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtrain.config import UserError
 from mmtrain.config.randomness import random_stream
-from mmtrain.models import Cm3leon
+from mmtrain.models import Decoder
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SamplingSettings:
 
 @torch.inference_mode()
 def sample_tokens(
-    model: Cm3leon,
+    model: Decoder,
     prompts: Sequence[np.ndarray],
     unconditional: Sequence[np.ndarray] | None,
     allowed: np.ndarray,

@@ -4,13 +4,13 @@ Models know nothing of files, processes or optimizers. A new family is one file 
 """
 
 from mmtrain.models.attention import KVCache, Packing, document_mask, pack_documents
-from mmtrain.models.cm3leon import Cm3leon
+from mmtrain.models.decoder import Decoder
 from mmtrain.models.loss import LossSums
 from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions
 
 __all__ = [
     "FAMILIES",
-    "Cm3leon",
+    "Decoder",
     "KVCache",
     "LossSums",
     "Packing",

@@ -58,6 +58,28 @@ def pack_documents(document_BS: Tensor) -> Packing:
     return Packing(None, positions_NL, slots)
 
 
+class Rotary(NamedTuple):
+    """Rotary positions of a batch (Su et al. 2021): cosines and sines, (B, S, 1, 1, K / 2).
+
+    Pairs are the two halves of a head, as in transformers' Llama and Chameleon.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, position_BS: Tensor, head_size: int, base: float, dtype: torch.dtype) -> "Rotary":
+        """The angles of `position_BS`, computed in float32: position / base^(2 i / K) for pair i."""
+        steps = torch.arange(0, head_size, 2, device=position_BS.device, dtype=torch.float32)
+        angles = position_BS[:, :, None, None, None].float() * base ** (-steps / head_size)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def rotate(self, x_BSCHK: Tensor) -> Tensor:
+        """Turn every pair of every head by the angle of its position; (B, S, C, H, K) to the same."""
+        first, second = x_BSCHK.chunk(2, dim=-1)
+        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+
+
 @dataclass
 class KVCache:
     """Keys and values of the positions seen so far; `length` of `capacity` positions are filled."""
@@ -92,23 +114,63 @@ def causal_products(q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v).view(N, H, L, K)
 
 
+class QKNorm(nn.Module):
+    """LayerNorm of the queries and keys over each head, with a gain and a bias (Chameleon, sec. 2.3).
+
+    weight, bias: (2 H K,), queries before keys; flat, since vectors have no weight decay.
+    """
+
+    def __init__(self, heads: int, head_size: int, eps: float):
+        super().__init__()
+        self.heads, self.head_size, self.eps = heads, head_size, eps
+        self.weight = nn.Parameter(torch.empty(2 * heads * head_size))
+        self.bias = nn.Parameter(torch.empty(2 * heads * head_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, qk_BSCHK: Tensor) -> Tensor:
+        """(B, S, 2, H, K) to the same."""
+        normed = F.layer_norm(qk_BSCHK, (self.head_size,), eps=self.eps)
+        shape = (2, self.heads, self.head_size)
+        return normed * self.weight.view(shape) + self.bias.view(shape)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with fused query, key and value projection and no biases."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, qk_norm_eps: float | None = None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.qk_norm = QKNorm(heads, width // heads, qk_norm_eps) if qk_norm_eps is not None else None
 
-    def forward(self, x_BSD: Tensor, packing: Packing, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        packing: Packing,
+        rotary: Rotary | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """(B, S, D) to (B, S, D); with a cache the mask of `packing` is (B, 1, S, T) over all positions so far."""
         B, S, D = x_BSD.shape
-        qkv = self.qkv(x_BSD)
+        qkv_BSCHK = self.qkv(x_BSD).unflatten(2, (3, self.heads, D // self.heads))
+        if self.qk_norm is not None or rotary is not None:
+            qk_BSCHK, v_BSCHK = qkv_BSCHK.split((2, 1), dim=2)
+            if self.qk_norm is not None:
+                qk_BSCHK = self.qk_norm(qk_BSCHK)
+            if rotary is not None:
+                qk_BSCHK = rotary.rotate(qk_BSCHK)
+            qkv_BSCHK = torch.cat([qk_BSCHK, v_BSCHK], dim=2)
         if packing.positions_NL is not None and packing.slots is not None:
             N, L = packing.positions_NL.shape
-            qkv = qkv.view(B * S, 3 * D).index_select(0, packing.positions_NL.flatten()).view(N, L, 3 * D)
-        q, k, v = qkv.unflatten(2, (3, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4)
+            qkv_BSCHK = qkv_BSCHK.flatten(0, 1).index_select(0, packing.positions_NL.flatten()).unflatten(0, (N, L))
+        q, k, v = qkv_BSCHK.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if packing.slots is None:

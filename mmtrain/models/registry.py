@@ -3,12 +3,14 @@
 import torch
 
 from mmtrain.config import Config, ModelConfig
+from mmtrain.models.chameleon import Chameleon
 from mmtrain.models.cm3leon import Cm3leon
+from mmtrain.models.decoder import Decoder
 
-FAMILIES = {"cm3leon": Cm3leon}
+FAMILIES: dict[str, type[Decoder]] = {"cm3leon": Cm3leon, "chameleon": Chameleon}
 
 
-def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, device: str = "cpu") -> Cm3leon:
+def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, device: str = "cpu") -> Decoder:
     """An uninitialized model on `device` ("meta" allocates nothing); call `initialize(seed)` before training."""
     with torch.device(device):
         return FAMILIES[config.family](config, vocabulary_size, max_positions)

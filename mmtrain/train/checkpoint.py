@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config import Config, UserError, build_artifact
-from mmtrain.models import Cm3leon, build_model, num_positions
+from mmtrain.models import Decoder, build_model, num_positions
 
 MANIFEST = "MANIFEST.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -121,7 +121,7 @@ def load_tensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[
     return load_file(checkpoint.path / "model.safetensors"), load_file(checkpoint.path / "optimizer.safetensors")
 
 
-def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, vocabulary_fingerprint: str) -> Cm3leon:
+def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, vocabulary_fingerprint: str) -> Decoder:
     """The model of a checkpoint in float32, for sampling; raises UserError when vocabulary or shapes differ."""
     if checkpoint.state["vocabulary"] != vocabulary_fingerprint:
         raise UserError(

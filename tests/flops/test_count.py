@@ -17,6 +17,7 @@ from mmtrain.flops.count import (
     split_by_kind,
     step_flops,
 )
+from mmtrain.models import build_model
 
 V = 640
 SHAPES = {
@@ -76,13 +77,14 @@ def test_packed_documents_cost_what_they_cost_apart():
     assert step_flops(model, V, [5, 20, 30], 1, 64).model_causal == pytest.approx(apart, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["cm3leon", "chameleon"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk", [16, 4096])
-def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk):
-    models = pytest.importorskip("mmtrain.models.cm3leon")
-    model = ModelConfig(layers=2, width=64, heads=4, activation_checkpointing=recompute, loss_chunk=chunk)
+def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, family):
+    settings = {"activation_checkpointing": recompute, "loss_chunk": chunk}
+    model = ModelConfig(family=family, layers=2, width=64, heads=4, **settings)
+    decoder = build_model(model, V, 48, "meta")
     with torch.device("meta"):
-        decoder = models.Cm3leon(model, V, 48)
         keys = ("tokens", "document", "position", "targets", "modality")
         batch = {key: torch.zeros(2, 48, dtype=torch.long) for key in keys}
         batch["loss_weight"] = torch.ones(2, 48)

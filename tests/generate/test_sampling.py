@@ -7,7 +7,7 @@ import torch
 from mmtrain.config import ModelConfig, UserError
 from mmtrain.generate import SamplingSettings, sample_tokens
 from mmtrain.generate.sampling import choose
-from mmtrain.models import Cm3leon, build_model
+from mmtrain.models import Decoder, build_model
 
 VOCABULARY, POSITIONS = 64, 48
 IMAGE = slice(20, 50)
@@ -15,7 +15,7 @@ LENGTH = 12
 
 
 @pytest.fixture(scope="module")
-def model() -> Cm3leon:
+def model() -> Decoder:
     config = ModelConfig(layers=2, width=32, heads=2, init_std=0.3, position_init_std=0.3, zero_init_outputs=False)
     model = build_model(config, VOCABULARY, POSITIONS)
     model.initialize(1)
@@ -33,7 +33,7 @@ PROMPTS = [np.array(ids) for ids in ([1, 7], [1, 3, 9, 4, 11, 2, 8], [5], [1, 7,
 BLANK = [np.array([1, 0])] * len(PROMPTS)
 
 
-def draw(model: Cm3leon, prompts, unconditional=None, seeds=None, settings=None, **changes) -> np.ndarray:
+def draw(model: Decoder, prompts, unconditional=None, seeds=None, settings=None, **changes) -> np.ndarray:
     arguments = {"allowed": allowed(), "length": LENGTH, "stop": None} | changes
     seeds = [(0, i) for i in range(len(prompts))] if seeds is None else seeds
     settings = SamplingSettings() if settings is None else settings
@@ -41,14 +41,14 @@ def draw(model: Cm3leon, prompts, unconditional=None, seeds=None, settings=None,
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_exactly_the_length_and_only_admitted_ids(model: Cm3leon, guidance: float) -> None:
+def test_exactly_the_length_and_only_admitted_ids(model: Decoder, guidance: float) -> None:
     ids = draw(model, PROMPTS, BLANK, settings=SamplingSettings(guidance=guidance))
     assert ids.shape == (len(PROMPTS), LENGTH)
     assert ((ids >= IMAGE.start) & (ids < IMAGE.stop)).all()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_sample_is_the_same_alone_and_in_a_batch(model: Cm3leon, guidance: float) -> None:
+def test_a_sample_is_the_same_alone_and_in_a_batch(model: Decoder, guidance: float) -> None:
     """The prompts differ in length, so this also says that padding does not show."""
     settings = SamplingSettings(guidance=guidance)
     together = draw(model, PROMPTS, BLANK, settings=settings)
@@ -57,22 +57,22 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(model: Cm3leon, guidance: flo
         assert np.array_equal(alone[0], together[i])
 
 
-def test_the_seed_decides(model: Cm3leon) -> None:
+def test_the_seed_decides(model: Decoder) -> None:
     first, second = (draw(model, PROMPTS[:1], seeds=[(seed, "image", 0)]) for seed in (1, 2))
     assert np.array_equal(first, draw(model, PROMPTS[:1], seeds=[(1, "image", 0)]))
     assert not np.array_equal(first, second)
 
 
-def test_two_samples_of_a_prompt_differ(model: Cm3leon) -> None:
+def test_two_samples_of_a_prompt_differ(model: Decoder) -> None:
     ids = draw(model, [PROMPTS[0]] * 2)
     assert not np.array_equal(ids[0], ids[1])
 
 
-def test_guidance_1_is_no_guidance(model: Cm3leon) -> None:
+def test_guidance_1_is_no_guidance(model: Decoder) -> None:
     assert np.array_equal(draw(model, PROMPTS, BLANK), draw(model, PROMPTS, None))
 
 
-def test_greedy_guided_ids_are_those_of_the_formula(model: Cm3leon) -> None:
+def test_greedy_guided_ids_are_those_of_the_formula(model: Decoder) -> None:
     """Each id recomputed from the logits of both whole sequences, without cache or padding."""
     guidance = 2.5
     prompt, blank = PROMPTS[1], BLANK[1]
@@ -91,13 +91,13 @@ def test_greedy_guided_ids_are_those_of_the_formula(model: Cm3leon) -> None:
         assert ids[step] == int(guided.argmax())
 
 
-def test_temperature_0_is_greedy_whatever_the_seed(model: Cm3leon) -> None:
+def test_temperature_0_is_greedy_whatever_the_seed(model: Decoder) -> None:
     greedy = SamplingSettings(temperature=0)
     first = draw(model, PROMPTS, seeds=[(1, i) for i in range(4)], settings=greedy)
     assert np.array_equal(first, draw(model, PROMPTS, seeds=[(2, i) for i in range(4)], settings=greedy))
 
 
-def test_a_row_ends_at_its_stop_and_the_others_go_on(model: Cm3leon) -> None:
+def test_a_row_ends_at_its_stop_and_the_others_go_on(model: Decoder) -> None:
     stop = 60
     words = allowed(slice(6, 12), stop)
     prompts = [PROMPTS[i % 4] for i in range(16)]
@@ -109,12 +109,12 @@ def test_a_row_ends_at_its_stop_and_the_others_go_on(model: Cm3leon) -> None:
         assert ((row[:end] >= 6) & (row[:end] < 12)).all()
 
 
-def test_a_prompt_that_is_too_long_is_a_sentence(model: Cm3leon) -> None:
+def test_a_prompt_that_is_too_long_is_a_sentence(model: Decoder) -> None:
     with pytest.raises(UserError, match="40 tokens and 12 new ones exceed the model's 48 positions"):
         draw(model, [np.ones(40, dtype=np.int64)])
 
 
-def test_all_positions_can_be_used(model: Cm3leon) -> None:
+def test_all_positions_can_be_used(model: Decoder) -> None:
     assert draw(model, [np.ones(POSITIONS - LENGTH, dtype=np.int64)]).shape == (1, LENGTH)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmtrain.config import Config
-from mmtrain.models import Cm3leon, build_model
+from mmtrain.models import Decoder, build_model
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import Engine, build_engine
 
@@ -37,7 +37,7 @@ def configure(kind: str, stage: int, dtype: str) -> Config:
     return config
 
 
-def new_model(config: Config) -> Cm3leon:
+def new_model(config: Config) -> Decoder:
     model = build_model(config.model, VOCABULARY, LENGTH)
     model.initialize(0)
     return model

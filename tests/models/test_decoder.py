@@ -1,4 +1,4 @@
-"""The decoder against an independent float64 computation, and what it must never look at."""
+"""The decoders against an independent float64 computation, and what they must never look at."""
 
 import math
 
@@ -8,19 +8,31 @@ import torch
 
 from mmtrain.config import ModelConfig
 from mmtrain.config.compose import compose
-from mmtrain.models import Cm3leon, build_model, count_parameters
+from mmtrain.models import Decoder, build_model, count_parameters
 
 VOCABULARY, POSITIONS = 90, 40
+FAMILIES = ("cm3leon", "chameleon")
 
 
-def small(**changes: object) -> ModelConfig:
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def small(family: str = "cm3leon", **changes: object) -> ModelConfig:
     settings = {"layers": 3, "width": 24, "heads": 3, "init_std": 0.2, "position_init_std": 0.2}
-    return ModelConfig(**(settings | {"zero_init_outputs": False} | changes))
+    if family == "chameleon":
+        settings |= {"ffn_width": 40, "rope_base": 30.0}
+    return ModelConfig(family=family, **(settings | {"zero_init_outputs": False} | changes))
 
 
-def build(config: ModelConfig, seed: int = 0) -> Cm3leon:
+def build(config: ModelConfig, seed: int = 0) -> Decoder:
     model = build_model(config, VOCABULARY, POSITIONS)
     model.initialize(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():  # gains and biases of norms start at 1 and 0, which hides mistakes
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -40,20 +52,44 @@ def packed_batch(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def naive_logits(model: Cm3leon, tokens: np.ndarray) -> np.ndarray:
-    """(n, V) float64 logits of one document by loops over heads and positions, from the paper's description."""
+def naive_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """(n, V) float64 logits of one document by loops over heads and positions, from the papers' descriptions."""
     weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     c = model.config
+    chameleon = c.family == "chameleon"
+    head_size = c.width // c.heads
 
-    def norm(x: np.ndarray) -> np.ndarray:
+    def layer_norm(x: np.ndarray) -> np.ndarray:
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_eps)
 
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        if not chameleon:
+            return layer_norm(x)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * weights[name + ".weight"]
+
+    def turned(x: np.ndarray, position: int) -> np.ndarray:
+        """RoPE: the pair (i, i + K/2) of a head as a complex number, times e^(i position base^(-2i/K))."""
+        half = head_size // 2
+        angles = position * c.rope_base ** (-2 * np.arange(half) / head_size)
+        pairs = (x[:half] + 1j * x[half:]) * np.exp(1j * angles)
+        return np.concatenate([pairs.real, pairs.imag])
+
     gelu = np.vectorize(lambda value: 0.5 * value * (1 + math.erf(value / math.sqrt(2))))
-    head_size = c.width // c.heads
-    x = weights["token_embedding.weight"][tokens] + weights["position_embedding.weight"][: len(tokens)]
+    x = weights["token_embedding.weight"][tokens]
+    if not chameleon:
+        x = x + weights["position_embedding.weight"][: len(tokens)]
     for layer in range(c.layers):
         at = f"blocks.{layer}."
-        q, k, v = np.split(norm(x) @ weights[at + "attention.qkv.weight"].T, 3, axis=-1)
+        q, k, v = np.split(norm(x, at + "attention_norm") @ weights[at + "attention.qkv.weight"].T, 3, axis=-1)
+        if chameleon:
+            gain = weights[at + "attention.qk_norm.weight"].reshape(2, c.heads, head_size)
+            bias = weights[at + "attention.qk_norm.bias"].reshape(2, c.heads, head_size)
+            for kind, side in enumerate((q, k)):
+                for head in range(c.heads):
+                    part = slice(head * head_size, (head + 1) * head_size)
+                    side[:, part] = layer_norm(side[:, part]) * gain[kind, head] + bias[kind, head]
+                    for s in range(len(tokens)):
+                        side[s, part] = turned(side[s, part], s)
         attended = np.zeros_like(x)
         for head in range(c.heads):
             part = slice(head * head_size, (head + 1) * head_size)
@@ -62,11 +98,15 @@ def naive_logits(model: Cm3leon, tokens: np.ndarray) -> np.ndarray:
                 weight = np.exp(scores - scores.max())
                 attended[s, part] = weight / weight.sum() @ v[: s + 1, part]
         x = x + attended @ weights[at + "attention.out.weight"].T
-        hidden = norm(x) @ weights[at + "ffn_in.weight"].T
-        hidden = np.maximum(hidden, 0) if c.activation == "relu" else gelu(hidden)
-        x = x + hidden @ weights[at + "ffn_out.weight"].T
+        hidden = norm(x, at + "ffn_norm") @ weights[at + "ffn.wide.weight"].T
+        if chameleon:
+            gate, up = np.split(hidden, 2, axis=-1)
+            hidden = gate / (1 + np.exp(-gate)) * up
+        else:
+            hidden = np.maximum(hidden, 0) if c.activation == "relu" else gelu(hidden)
+        x = x + hidden @ weights[at + "ffn.out.weight"].T
     head = "token_embedding.weight" if c.tie_embeddings else "head.weight"
-    return norm(x) @ weights[head].T
+    return norm(x, "final_norm") @ weights[head].T
 
 
 def documents_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]:
@@ -75,7 +115,15 @@ def documents_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]
     return [(row, np.flatnonzero(ids[row] == d)) for row in range(len(ids)) for d in range(ids[row].max() + 1)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation": "gelu", "tie_embeddings": False, "ffn_width": 40}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "gelu", "tie_embeddings": False, "ffn_width": 40},
+        {"family": "chameleon"},
+        {"family": "chameleon", "tie_embeddings": False, "ffn_width": 56},
+    ],
+)
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_the_loss_is_that_of_a_naive_float64_computation(changes: dict, z_loss: float) -> None:
     model, batch = build(small(z_loss=z_loss, **changes)), packed_batch()
@@ -95,9 +143,9 @@ def test_the_loss_is_that_of_a_naive_float64_computation(changes: dict, z_loss: 
     assert not sums.by_modality.requires_grad
 
 
-def test_packed_documents_never_see_each_other() -> None:
+def test_packed_documents_never_see_each_other(family: str) -> None:
     """Bit for bit: what other documents of the row hold changes nothing."""
-    model, batch = build(small()), packed_batch()
+    model, batch = build(small(family)), packed_batch()
     before = model.logits(batch["tokens"], batch["document"], batch["position"])
     for row, columns in documents_of(batch)[:3]:
         others = torch.ones_like(batch["tokens"], dtype=torch.bool)
@@ -108,8 +156,8 @@ def test_packed_documents_never_see_each_other() -> None:
         assert not torch.equal(after, before)
 
 
-def test_no_gradient_flows_into_another_document_or_the_future() -> None:
-    model, batch = build(small()), packed_batch()
+def test_no_gradient_flows_into_another_document_or_the_future(family: str) -> None:
+    model, batch = build(small(family)), packed_batch()
     embedded = []
     model.token_embedding.register_forward_hook(lambda _, __, output: embedded.append(output) or output.retain_grad())
     logits = model.logits(batch["tokens"], batch["document"], batch["position"])
@@ -118,8 +166,8 @@ def test_no_gradient_flows_into_another_document_or_the_future() -> None:
     assert reached.tolist() == [[0, column] for column in range(10, 16)]
 
 
-def test_a_packed_document_has_the_logits_it_has_alone() -> None:
-    model, batch = build(small()), packed_batch()
+def test_a_packed_document_has_the_logits_it_has_alone(family: str) -> None:
+    model, batch = build(small(family)), packed_batch()
     packed = model.logits(batch["tokens"], batch["document"], batch["position"])
     for row, columns in documents_of(batch):
         tokens = batch["tokens"][row, columns][None]
@@ -143,17 +191,17 @@ def test_the_chunked_head_changes_neither_loss_nor_gradient(chunk: int) -> None:
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-6)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+def test_activation_checkpointing_changes_nothing(family: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = build(small(activation_checkpointing=checkpointing))
+        model = build(small(family, activation_checkpointing=checkpointing))
         model(**packed_batch()).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
 
 
-def test_decoding_with_the_cache_gives_the_logits_of_the_whole_sequence() -> None:
-    model = build(small())
+def test_decoding_with_the_cache_gives_the_logits_of_the_whole_sequence(family: str) -> None:
+    model = build(small(family))
     tokens = packed_batch()["tokens"]
     batch, length = tokens.shape
     position = torch.arange(length).expand(batch, length)
@@ -192,25 +240,39 @@ def test_initialization_follows_the_paper() -> None:
     model.initialize(3)
     weights = dict(model.named_parameters())
     # A normal cut at 3 sigma has a standard deviation of 0.9866 sigma.
-    for name in ("token_embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.ffn_in.weight"):
+    for name in ("token_embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.ffn.wide.weight"):
         assert weights[name].std().item() == pytest.approx(0.9866 * 0.006, rel=0.01)
         assert weights[name].mean().item() == pytest.approx(0, abs=1e-4)
         assert 0.9 * 0.018 < weights[name].abs().max().item() <= 0.018
     assert weights["position_embedding.weight"].std().item() == pytest.approx(0.9866 * 0.0002, rel=0.01)
     for block in range(2):
         assert not weights[f"blocks.{block}.attention.out.weight"].any()
-        assert not weights[f"blocks.{block}.ffn_out.weight"].any()
+        assert not weights[f"blocks.{block}.ffn.out.weight"].any()
 
 
-def test_the_seed_decides_the_initialization() -> None:
+def test_norms_start_neutral_and_have_no_weight_decay() -> None:
+    model = build_model(small("chameleon"), VOCABULARY, POSITIONS)
+    model.initialize(3)
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    assert len(vectors) == 3 * 4 + 1  # three blocks: two RMSNorms, gain and bias of the query and key norm
+    for name, vector in vectors.items():
+        assert torch.equal(vector, torch.zeros_like(vector) if name.endswith("bias") else torch.ones_like(vector))
+
+
+def test_the_feed_forward_width_of_chameleon_is_that_of_llama() -> None:
+    widths = {4096: 11008, 8192: 22016, 256: 768}
+    assert {width: ModelConfig(family="chameleon", width=width).feed_forward_width for width in widths} == widths
+
+
+def test_the_seed_decides_the_initialization(family: str) -> None:
     def flat(seed: int) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in build(small(), seed).parameters()])
+        return torch.cat([p.detach().flatten() for p in build(small(family), seed).parameters()])
 
     assert torch.equal(flat(1), flat(1))
     assert not torch.equal(flat(1), flat(2))
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = build(small(tie_embeddings=False))
+def test_every_parameter_gets_a_gradient(family: str) -> None:
+    model = build(small(family, tie_embeddings=False))
     model(**packed_batch()).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

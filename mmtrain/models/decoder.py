@@ -1,0 +1,132 @@
+"""What all families share: embedding, a stack of blocks, the head, and the three ways through them.
+
+A family is a subclass of `Decoder` that says what its blocks and final norm are, and where positions enter.
+B batch, S sequence, T positions so far, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmtrain.config import ModelConfig
+from mmtrain.models.attention import KVCache, Packing, QKNorm, Rotary, SelfAttention, pack_documents
+from mmtrain.models.loss import Head, LossSums
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    feed_forward: a module whose last product is its `out`.
+    """
+
+    def __init__(self, attention_norm: nn.Module, attention: SelfAttention, ffn_norm: nn.Module, ffn: nn.Module):
+        super().__init__()
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.ffn_norm = ffn_norm
+        self.ffn = ffn
+
+    def forward(
+        self, x_BSD: Tensor, packing: Packing, rotary: Rotary | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), packing, rotary, cache, layer)
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Decoder with its head; `forward` is the training step, `logits` and `decode` serve sampling.
+
+    max_positions: longest sequence, and the number of learned positions where the family has them.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int, max_positions: int):
+        super().__init__()
+        self.config = config
+        self.max_positions = max_positions
+        self.token_embedding = nn.Embedding(vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(max_positions, config.width) if not config.rotary else None
+        self.blocks = nn.ModuleList(self.new_block() for _ in range(config.layers))
+        self.final_norm = self.new_norm()
+        self.head = Head(config.width, vocabulary_size, config.loss_chunk, config.z_loss)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+
+    def new_norm(self) -> nn.Module:
+        """The family's norm over (…, D)."""
+        raise NotImplementedError
+
+    def new_block(self) -> Block:
+        """One block of the family."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all matrices: truncated normal cut at 3 sigma; positions and residual outputs as configured.
+
+        Norms start at gain 1 and bias 0.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        outputs = {id(weight) for block in self.blocks for weight in (block.attention.out.weight, block.ffn.out.weight)}
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm | QKNorm):
+                module.reset_parameters()
+        for parameter in self.parameters():
+            if parameter.ndim < 2:
+                continue
+            std = self.config.init_std
+            if self.position_embedding is not None and parameter is self.position_embedding.weight:
+                std = self.config.position_init_std
+            if std == 0 or (self.config.zero_init_outputs and id(parameter) in outputs):
+                parameter.zero_()
+            else:
+                nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
+
+    def forward(
+        self, tokens: Tensor, document: Tensor, position: Tensor, targets: Tensor, loss_weight: Tensor, modality: Tensor
+    ) -> LossSums:
+        """Loss sums of a packed batch.
+
+        tokens, targets, modality: (B, S) int64; document, position: (B, S) integers, document -1 = padding;
+        loss_weight: (B, S) float32.
+        """
+        return self.head(self._hidden(tokens, document, position), targets, loss_weight, modality)
+
+    def logits(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
+        """(B, S, V) logits of a packed batch, without a cache."""
+        return self.head(self._hidden(tokens, document, position))
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` positions."""
+        c = self.config
+        return KVCache.empty(c.layers, batch, c.heads, capacity, c.width // c.heads, self.token_embedding.weight)
+
+    def decode(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) after the last of the new positions; the cache grows by them.
+
+        tokens, position: (B, S) of the new positions; mask: (B, 1, S, T) bool over all T positions so far.
+        """
+        x_BSD, rotary = self._embed(tokens, position)
+        packing = Packing(mask)
+        for layer, block in enumerate(self.blocks):
+            x_BSD = block(x_BSD, packing, rotary, cache, layer)
+        cache.length += tokens.shape[1]
+        return self.head(self.final_norm(x_BSD[:, -1:]))[:, 0]
+
+    def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
+        """(B, S, D) before the head."""
+        x_BSD, rotary = self._embed(tokens, position)
+        packing = pack_documents(document)
+        for block in self.blocks:
+            if self.config.activation_checkpointing and self.training:
+                x_BSD = checkpoint(block, x_BSD, packing, rotary, use_reentrant=False)
+            else:
+                x_BSD = block(x_BSD, packing, rotary)
+        return self.final_norm(x_BSD)
+
+    def _embed(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Rotary | None]:
+        """Embedded tokens (B, S, D), and the rotary positions of a family that has them."""
+        x_BSD = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            return x_BSD + self.position_embedding(position), None
+        c = self.config
+        return x_BSD, Rotary.at(position, c.width // c.heads, c.rope_base, x_BSD.dtype)
