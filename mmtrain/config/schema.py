@@ -91,6 +91,7 @@ class ObjectiveConfig:
     min_masks: int = knob(0, "Fewest masks (public code: 0; CM3 paper: 1).", minimum=0)
     num_sentinels: int = knob(16, "Sentinel tokens in the vocabulary = most masks per sequence.", minimum=1)
     whole_segment_probability: float = knob(0.5, "A masked sequence masks whole segments (a caption, an image) instead of spans with this probability.", minimum=0.0, maximum=1.0)
+    whole_segments: str = knob("any", "Segments that are masked whole: any, or text alone (a masked caption teaches captioning, a masked image little that an unmasked one does not).", choices=("any", "text"))
     span_policy: str = knob("clip", "clip = a span over the whole sequence clipped to the segment it overlaps most (public code); segment = a segment first, then a span in it.", choices=("clip", "segment"))
     sentinel_loss_weight: float = knob(1.0, "Loss weight of predicting a sentinel (CM3 paper: 0, public code: 1).", minimum=0.0)
     retrieved_loss_weight: float = knob(1.0, "Loss weight of retrieved documents (RA-CM3: 0.1, CM3leon: 1).", minimum=0.0)
@@ -150,12 +151,14 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: str = knob("adamw", "adamw, or muon = Muon for the matrices of the blocks and AdamW for the rest, at the same learning rate (engine=ddp).", choices=("adamw", "muon"))
     lr: float = knob(1e-3, "Peak learning rate.", minimum=0.0)
     beta1: float = knob(0.9, "AdamW beta 1.", minimum=0.0, maximum=1.0)
     beta2: float = knob(0.95, "AdamW beta 2.", minimum=0.0, maximum=1.0)
     eps: float = knob(1e-8, "AdamW epsilon.")
+    momentum: float = knob(0.95, "Muon momentum (Nesterov).", minimum=0.0, maximum=1.0)
     weight_decay: float = knob(0.1, "Decoupled weight decay of matrices; vectors have none.", minimum=0.0)
     clip: float = knob(1.0, "Global gradient norm limit (0: none).", minimum=0.0)
     warmup_steps: int = knob(100, "Steps of linear warm-up.", minimum=0)

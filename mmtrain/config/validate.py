@@ -50,6 +50,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _name_conflicts(config)
     yield from _picture_conflicts(config)
     yield from _sequence_conflicts(config)
+    yield from _engine_conflicts(config)
     if config.optim.warmup_steps > config.train.steps:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps={config.train.steps}; "
@@ -84,10 +85,26 @@ def _picture_conflicts(config: Config) -> Iterator[str]:
         yield f"image_tokenizer.levels={pictures.levels} must be one or more numbers of at least 2, such as [8,5,5,5]"
 
 
+def _engine_conflicts(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.kind == "deepspeed" and engine.stage == 0 and engine.dtype == "bf16":
+        yield (
+            "engine.stage=0 with engine.dtype=bf16 would accumulate gradients in bf16: DeepSpeed has no float32 "
+            "accumulation there; use engine.stage=1, engine=ddp, or engine.dtype=fp32"
+        )
+    if engine.kind == "deepspeed" and config.optim.kind == "muon":
+        yield "optim.kind=muon needs whole matrices, and ZeRO takes them apart; use engine=ddp, or optim.kind=adamw"
+
+
 def _sequence_conflicts(config: Config) -> Iterator[str]:
     model, length = config.model, config.stream.sequence_length
     if model.width % model.heads:
         yield f"model.width={model.width} is not a multiple of model.heads={model.heads}"
+    elif model.rotary and model.width // model.heads % 2:
+        yield (
+            f"model.family={model.family} turns pairs, so width / heads must be even: it is "
+            f"{model.width // model.heads}; change model.width or model.heads"
+        )
     if model.max_positions and model.max_positions < length:
         yield (
             f"model.max_positions={model.max_positions} is shorter than stream.sequence_length={length}; "

@@ -9,8 +9,9 @@ import numpy as np
 from mmtrain.config import ObjectiveConfig
 from mmtrain.objective.causal import causal
 from mmtrain.objective.sequence import TrainingSequence, mark_retrieved, target_weights
-from mmtrain.tokens import Vocabulary
+from mmtrain.tokens import MODALITIES, Vocabulary
 
+TEXT = MODALITIES.index("text")
 TOKENS_PER_MASK = 3  # a sentinel in the text, a sentinel before the span, an <eoss> after it
 
 
@@ -70,6 +71,9 @@ def draw_spans(
     whole = rng.random() < config.whole_segment_probability
     if not whole and config.span_policy == "clip":
         return _clipped_spans(starts, lengths, rng, num_masks)
+    if whole and config.whole_segments == "text":
+        is_text = vocabulary.modality(tokens[starts].astype(np.int64)) == TEXT
+        starts, lengths = starts[is_text], lengths[is_text]
     chosen = np.sort(rng.permutation(len(starts))[:num_masks])
     starts, lengths = starts[chosen], lengths[chosen]
     if whole:

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmtrain.config import Config, EngineConfig, UserError
+from mmtrain.config import Config
 from mmtrain.models import LossSums
 from mmtrain.train.distributed import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by parameter
+MUON_MOMENTS = ("momentum_buffer",)
 TensorDict = dict[str, Tensor]
 
 
@@ -51,35 +52,41 @@ class Engine(Protocol):
 
 def build_engine(model: nn.Module, config: Config, world: World, accumulation: int) -> Engine:
     """The engine of `config.engine` around an initialized model; `accumulation` micro-batches per step."""
-    refuse_known_faults(config.engine)
     if config.engine.kind == "ddp":
         return DdpEngine(model, config, world, accumulation)
     return DeepSpeedEngine(model, config, world, accumulation)
 
 
-def refuse_known_faults(engine: EngineConfig) -> None:
-    """Raise UserError for combinations that are known to be wrong."""
-    if engine.kind == "deepspeed" and engine.stage == 0 and engine.dtype == "bf16":
-        raise UserError(
-            "engine.stage=0 with engine.dtype=bf16 would accumulate gradients in bf16: DeepSpeed has no float32 "
-            "accumulation there; use engine.stage=1, engine=ddp, or engine.dtype=fp32"
-        )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors without."""
-    named = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in named if p.ndim >= 2]
-    vectors = [p for p in named if p.ndim < 2]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
     """AdamW with this run's settings; the loop sets the learning rate before each step."""
     o = config.optim
-    groups = parameter_groups(model, o.weight_decay)
+    groups = parameter_groups(parameters, o.weight_decay)
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=torch.cuda.is_available())
+
+
+def optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
+
+    Muon's orthogonal updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that
+    one learning rate and one weight decay serve both.
+    """
+    named, o = dict(model.named_parameters()), config.optim
+    if o.kind == "adamw":
+        return [adamw(list(named.values()), config)]
+    matrices = {name: p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
+    settings = {"lr": o.lr, "weight_decay": o.weight_decay, "momentum": o.momentum}
+    return [
+        adamw([p for name, p in named.items() if name not in matrices], config),
+        torch.optim.Muon(matrices.values(), **settings, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def clip_gradients(parameters: TensorDict, clip: float) -> Tensor:
@@ -129,7 +136,7 @@ class DeepSpeedEngine:
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=adamw(model, config),
+                optimizer=adamw(list(model.parameters()), config),
                 config=deepspeed_config(config, micro_batch, accumulation),
                 dist_init_required=False,
             )
@@ -252,13 +259,13 @@ class DeepSpeedEngine:
 
 
 class DdpEngine:
-    """torch DistributedDataParallel: float32 masters, bf16 by autocast."""
+    """torch DistributedDataParallel: float32 masters, bf16 by autocast; every rank updates all parameters."""
 
     def __init__(self, model: nn.Module, config: Config, world: World, accumulation: int):
         self.world, self.accumulation, self.clip = world, accumulation, config.optim.clip
         self.autocast = config.engine.dtype == "bf16"
         self.model = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-        self.optimizer = adamw(model, config)
+        self.optimizers = optimizers(model, config)
         self.parameters = dict(model.named_parameters())
         self.micro_step = 0
 
@@ -273,49 +280,57 @@ class DdpEngine:
         self.micro_step += 1
 
     def step(self, lr: float) -> Tensor | float | None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         norm = clip_gradients(self.parameters, self.clip)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        finite = torch.isfinite(norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.micro_step = 0
         return norm
 
     def state(self) -> tuple[TensorDict, TensorDict]:
         if self.world.rank != 0:
             return {}, {}
-        self._create_moments()
         parameters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         moments = {
-            f"{key}.{name}": self.optimizer.state[p][key].cpu().clone()
-            for name, p in self.parameters.items()
-            for key in MOMENTS
+            f"{key}.{name}": moment.cpu().clone()
+            for name, state in self._states().items()
+            for key, moment in state.items()
+            if key != "step"
         }
         return parameters, moments
 
     def updates(self) -> int:
-        self._create_moments()
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        return next(int(state["step"]) for state in self._states().values() if "step" in state)
 
     def load(self, parameters: TensorDict, moments: TensorDict, updates: int) -> None:
-        self._create_moments()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(parameters[name])
-                state = self.optimizer.state[parameter]
-                state["step"].fill_(float(updates))
-                for key in MOMENTS:
-                    state[key].copy_(moments[f"{key}.{name}"])
+            for name, state in self._states().items():
+                for key, value in state.items():
+                    if key == "step":
+                        value.fill_(float(updates))
+                    else:
+                        value.copy_(moments[f"{key}.{name}"])
 
-    def _create_moments(self) -> None:
-        for parameter in self.parameters.values():
-            state = self.optimizer.state[parameter]
-            if not state:
-                device = parameter.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                for key in MOMENTS:
-                    state[key] = torch.zeros_like(parameter)
+    def _states(self) -> dict[str, TensorDict]:
+        """The optimizer state of every parameter by name, made now where no update has made it yet."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        states = {}
+        for optimizer in self.optimizers:
+            is_muon = isinstance(optimizer, torch.optim.Muon)
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = states[names[id(parameter)]] = optimizer.state[parameter]
+                if not state:
+                    state |= {key: torch.zeros_like(parameter) for key in (MUON_MOMENTS if is_muon else MOMENTS)}
+                    if not is_muon:
+                        device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        return states
 
     def _local_unless_last(self) -> contextlib.AbstractContextManager[Any]:
         last = self.micro_step == self.accumulation - 1

@@ -25,7 +25,7 @@ def sentence(*overrides: str, config_dir: Path | None = None) -> str:
         ("modle.layers=3", "did you mean model.layers?"),
         ("layers=3", "did you mean model.layers?"),
         ("lr=1e-3", "did you mean image_tokenizer.lr or optim.lr?"),
-        ("optim.learning_rate=1e-3", "optim has lr, beta1"),
+        ("optim.learning_rate=1e-3", "optim has kind, lr"),
         ("model=tinny", "did you mean tiny?"),
         ("experiment=quickstrt", "did you mean quickstart?"),
         ("stream=long", "set one of its keys, such as stream.sequence_length"),
@@ -218,3 +218,15 @@ def test_overrides_go_on_top_of_a_frozen_configuration() -> None:
         with_overrides(frozen, ["experiment=smoke"])
     with pytest.raises(UserError, match="did you mean generate.seed"):
         with_overrides(frozen, ["generate.sed=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["engine=zero0", "engine.dtype=bf16"], "use engine.stage=1, engine=ddp, or engine.dtype=fp32"),
+        (["optim.kind=muon"], "use engine=ddp, or optim.kind=adamw"),
+        (["model.family=chameleon", "model.width=96", "model.heads=32"], "width / heads must be even: it is 3"),
+    ],
+)
+def test_engines_that_cannot_work_are_refused_before_anything_is_built(overrides: list[str], answer: str) -> None:
+    assert answer in sentence(*overrides)

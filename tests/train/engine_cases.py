@@ -23,12 +23,15 @@ VOCABULARY, ROWS, LENGTH = 256, 8, 32
 HALF, STEPS = 3, 6
 FP32 = {"ddp": ("ddp", 0, "fp32")} | {f"zero{stage}": ("deepspeed", stage, "fp32") for stage in range(4)}
 BF16 = {"ddp-bf16": ("ddp", 0, "bf16")} | {f"zero{stage}-bf16": ("deepspeed", stage, "bf16") for stage in (1, 2, 3)}
+MUON = {"ddp-muon": ("ddp", 0, "fp32"), "ddp-muon-bf16": ("ddp", 0, "bf16")}
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-def configure(kind: str, stage: int, dtype: str) -> Config:
+def configure(name: str) -> Config:
     """A small model whose gradients are large enough to be clipped at every step."""
+    kind, stage, dtype = (FP32 | BF16 | MUON)[name]
     config = Config()
+    config.optim.kind = "muon" if name in MUON else "adamw"
     config.engine.kind, config.engine.stage, config.engine.dtype = kind, stage, dtype
     config.model.layers, config.model.width, config.model.heads = 2, 32, 2
     config.model.init_std, config.model.zero_init_outputs = 0.05, False
@@ -78,26 +81,31 @@ def train(engine: Engine, world: World, first: int, last: int, accumulation: int
     return rows
 
 
-def naive() -> list[list[float]]:
+def naive(with_muon: bool) -> list[list[float]]:
     """The same steps in plain torch, on one process, without any of our training code."""
-    config = configure("ddp", 0, "fp32")
+    config = configure("ddp")
     model, o = new_model(config), config.optim
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    matrices = list(model.blocks.parameters()) if with_muon else []
+    rest = [model.token_embedding.weight, model.position_embedding.weight] if with_muon else model.parameters()
+    optimizers = [torch.optim.AdamW(rest, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)]
+    if with_muon:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"))
     rows = []
     for step in range(STEPS):
         inputs = batch(step)
         loss = model(**inputs).total / inputs["loss_weight"].sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step)
+            optimizer.step()
         rows.append([loss.item(), norm.item()])
     return rows
 
 
 def new_engine(name: str, world: World, accumulation: int = 1) -> Engine:
-    config = configure(*(FP32 | BF16)[name])
+    config = configure(name)
     return build_engine(new_model(config), config, world, accumulation)
 
 
@@ -162,17 +170,17 @@ def main() -> None:
     if world.size == 1:
         state = load_file(out / "parameters.safetensors"), load_file(out / "moments.safetensors")
         facts["continued"] = {name: continued(name, world, state) for name in ("ddp", "zero1", "zero3")}
-        facts["naive"] = naive()
+        facts["naive"], facts["naive_muon"] = naive(False), naive(True)
     else:
         states = {}
-        for name in FP32 | BF16:
+        for name in FP32 | BF16 | MUON:
             facts["straight"][name], states[name] = straight_and_resumed(name, world)
         for name in FP32:
             facts["accumulated"][name] = train(new_engine(name, world, 2), world, 0, STEPS, 2)
         for name in ("zero1", "zero2", "ddp"):
             facts["continued"][name] = continued(name, world, states["zero3"])
         facts["continued"]["zero3-bf16"] = continued("zero3-bf16", world, states["zero1-bf16"])
-        for name in FP32 | BF16:
+        for name in FP32 | BF16 | MUON:
             facts["poisoned"][name] = poisoned(name, world)
         if world.rank == 0:
             save_file(states["zero3"][0], out / "parameters.safetensors")
