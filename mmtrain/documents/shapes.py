@@ -45,9 +45,12 @@ MAX_OBJECTS = 3
 # Never in the train split, to measure whether color and shape combine: one color of each shape, 6 of 48.
 HELD_OUT = frozenset(zip(("pink", "cyan", "purple", "orange", "yellow", "green"), SHAPES, strict=True))
 
-# Fractions of the side of the picture. At 64 pixels: radii 8.0-9.0 (small), 11.2-12.5 (large), gaps of 3 pixels.
-RADII = {"small": (0.125, 0.140), "large": (0.175, 0.195)}
+# Fractions of the side of the picture. At 64 pixels: radii 8 (small) and 12 (large), gaps of 3 pixels.
+RADII = {"small": 0.125, "large": 0.1875}
 GAP = 0.047
+# Centers lie on a lattice of so many steps to the side (4 pixels of 64): what varies is what captions tell, so that a
+# small tokenizer can draw every shape.
+LATTICE = 16
 BORDER = 0.025
 # By so much the two axes of a stated relation differ: no scene is on the diagonal.
 RELATION_MARGIN = 0.08
@@ -63,8 +66,8 @@ def is_held_out(thing: Thing) -> bool:
 def _layout(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray | None:
     """Centers (n, 2) as fractions of the side for objects with `radii` (n,), or None when no try fits."""
     num_objects = len(radii)
-    low, high = (radii + BORDER)[:, None], (1 - radii - BORDER)[:, None]
-    centers_TN2 = low + (high - low) * rng.random((LAYOUT_TRIES, num_objects, 2))
+    low = np.ceil((radii + BORDER) * LATTICE)[:, None]
+    centers_TN2 = rng.integers(low, LATTICE - low + 1, size=(LAYOUT_TRIES, num_objects, 2)) / LATTICE
     fits_T = np.ones(LAYOUT_TRIES, dtype=bool)
     for first in range(num_objects):
         for second in range(first + 1, num_objects):
@@ -75,8 +78,7 @@ def _layout(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray | None:
     return centers_TN2[int(fits_T.argmax())] if fits_T.any() else None
 
 
-def _sample_scene(rng: np.random.Generator, allow_held_out: bool) -> tuple[Scene, tuple[float, ...]]:
-    """A scene and the radii of its objects (fractions of the side)."""
+def _sample_scene(rng: np.random.Generator, allow_held_out: bool) -> Scene:
     num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     colors = [list(COLORS)[index] for index in rng.permutation(len(COLORS))[:num_objects]]
@@ -87,8 +89,7 @@ def _sample_scene(rng: np.random.Generator, allow_held_out: bool) -> tuple[Scene
     centers = None
     while centers is None:  # sizes are drawn again with the positions: three large objects seldom fit
         sizes = [SIZES[index] for index in rng.integers(len(SIZES), size=num_objects)]
-        radii = np.array([rng.uniform(*RADII[size]) for size in sizes])
-        centers = _layout(rng, radii)
+        centers = _layout(rng, np.array([RADII[size] for size in sizes]))
     objects = tuple(
         Thing(color, shape, size, round(float(x), 4), round(float(y), 4))
         for color, shape, size, (x, y) in zip(colors, shapes, sizes, centers, strict=True)
@@ -96,12 +97,12 @@ def _sample_scene(rng: np.random.Generator, allow_held_out: bool) -> tuple[Scene
     relations = tuple(
         (0, str(relation_between(objects[0], other)), index) for index, other in enumerate(objects) if index
     )
-    return Scene(background, objects, relations, num_objects), tuple(float(radius) for radius in radii)
+    return Scene(background, objects, relations, num_objects)
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """The ground truth of one document, without drawing it."""
-    return _sample_scene(random_stream("shapes", seed, split, index), split != "train")[0]
+    return _sample_scene(random_stream("shapes", seed, split, index), split != "train")
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
@@ -143,31 +144,23 @@ def draw_mask(shape: str, radius_tenths: int) -> PIL.Image.Image:
     return large.reduce(SUPERSAMPLING)
 
 
-def _draw(scene: Scene, radii: tuple[float, ...], side: int) -> np.ndarray:
-    canvas = PIL.Image.new("RGB", (side, side), BACKGROUNDS[str(scene.background)])
-    for thing, radius in zip(scene.objects, radii, strict=True):
+def draw_scene(scene: Scene, image_size: int) -> np.ndarray:
+    """Draw any scene whose objects have positions: (image_size, image_size, 3) uint8, anti-aliased."""
+    canvas = PIL.Image.new("RGB", (image_size, image_size), BACKGROUNDS[str(scene.background)])
+    for thing in scene.objects:
         assert thing.x is not None and thing.y is not None
-        mask = draw_mask(str(thing.shape), max(10, round(radius * side * 10)))
-        corner = (round(thing.x * side - mask.width / 2), round(thing.y * side - mask.height / 2))
+        mask = draw_mask(str(thing.shape), max(10, round(RADII[thing.size or "large"] * image_size * 10)))
+        corner = (round(thing.x * image_size - mask.width / 2), round(thing.y * image_size - mask.height / 2))
         canvas.paste(COLORS[str(thing.color)], corner, mask)
     return np.array(canvas)
-
-
-def draw_scene(scene: Scene, image_size: int) -> np.ndarray:
-    """Draw any scene whose objects have positions: (image_size, image_size, 3) uint8, anti-aliased.
-
-    Objects take the middle radius of their size word; make_document draws the exact radii instead.
-    """
-    radii = tuple(sum(RADII[thing.size or "large"]) / 2 for thing in scene.objects)
-    return _draw(scene, radii, image_size)
 
 
 def make_document(seed: int, split: str, index: int, image_size: int = 64) -> Document:
     """Caption, then picture. meta: scene (Scene.to_json), questions ([question, answer]), held_out."""
     rng = random_stream("shapes", seed, split, index)
-    scene, radii = _sample_scene(rng, split != "train")
+    scene = _sample_scene(rng, split != "train")
     words = (int(rng.integers(limit)) for limit in (NUM_PHRASINGS, NUM_RELATION_PHRASES, NUM_SIZE_CHOICES))
-    data = encode_png(_draw(scene, radii, image_size))
+    data = encode_png(draw_scene(scene, image_size))
     image = Image(data, image_size, image_size, hashlib.sha256(data).hexdigest(), "png")
     meta = {
         "scene": scene.to_json(),

@@ -189,7 +189,7 @@ def _describe(color: int, coverage: np.ndarray, residual: np.ndarray, mask: np.n
     size = None
     if shape is not None:
         radius = (area / _unit_area(shape)) ** 0.5 / side
-        size = "small" if radius < (RADII["small"][1] + RADII["large"][0]) / 2 else "large"
+        size = "small" if radius < (RADII["small"] + RADII["large"]) / 2 else "large"
     x, y = float((coverage * columns).sum()) / area / side, float((coverage * rows).sum()) / area / side
     return Thing(COLOR_NAMES[color] if is_named else None, shape, size, round(x, 4), round(y, 4))
 
