@@ -106,7 +106,6 @@ class StreamConfig:
     global_batch: int = knob(16, "Sequences per optimizer step, over all ranks.", minimum=1)
     lanes: int = knob(16, "Logical lanes; fixed for the life of a run.", minimum=1)
     lookahead: int = knob(16, "Documents a lane may look ahead for the best fit.", minimum=1)
-    picture_alignment: int = knob(0, "Positions of a picture after a boundary start at a multiple of this, at most the tokens of a picture (0: no), so that a learned position means one row and column behind captions of any length.", minimum=0)
     prefetch: int = knob(4, "Batches prepared ahead in a background thread.", minimum=0)
 
 
@@ -121,11 +120,12 @@ class ModelConfig:
     ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width; chameleon: 8/3 x width, up to a multiple of 256).", minimum=0)
     activation: str = knob("relu", "Activation of the feed-forward layer (chameleon: always SwiGLU).", choices=("relu", "gelu"))
     max_positions: int = knob(0, "Longest sequence, and the number of learned positions (0: stream.sequence_length).", minimum=0)
+    picture_grid: int = knob(0, "Codes along one side of a picture, to give image tokens learned row and column vectors (0: none).", minimum=0)
     rope_base: float = knob(10000.0, "Base of the rotary positions (chameleon).", minimum=1.0)
     tie_embeddings: bool = knob(True, "Use the token embedding as the output head.")
     norm_eps: float = knob(1e-5, "Epsilon of the norms.")
     init_std: float = knob(0.006, "Standard deviation of the truncated-normal initialization (cut at 3 sigma).", minimum=0.0)
-    position_init_std: float = knob(0.0002, "The same for positions.", minimum=0.0)
+    position_init_std: float = knob(0.0002, "The same for positions, rows and columns.", minimum=0.0)
     zero_init_outputs: bool = knob(True, "Residual outputs (attention projection, second feed-forward layer) start at zero.")
     activation_checkpointing: bool = knob(False, "Recompute each block in the backward pass.")
     loss_chunk: int = knob(4096, "Tokens per chunk of the output head; logits of only one chunk exist at a time.", minimum=1)

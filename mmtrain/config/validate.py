@@ -111,10 +111,10 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
             "0 makes them equal"
         )
     tokens_per_image = (config.corpus.image_size // config.image_tokenizer.downsample) ** 2
-    if config.stream.picture_alignment > tokens_per_image:
-        raise UserError(
-            f"stream.picture_alignment={config.stream.picture_alignment} is more than the {tokens_per_image} tokens "
-            "of a picture; use at most that"
+    if model.picture_grid and model.picture_grid**2 != tokens_per_image:
+        yield (
+            f"model.picture_grid={model.picture_grid} is not the grid of these pictures; set it to "
+            f"{config.corpus.image_size // config.image_tokenizer.downsample}, or 0 for no rows and columns"
         )
     if length < tokens_per_image + SHORTEST_CAPTION:
         yield (

@@ -9,7 +9,7 @@ from mmtrain.config import UserError
 from mmtrain.generate.sampling import SamplingSettings, sample_tokens
 from mmtrain.models import Decoder
 from mmtrain.objective.assemble import fit_retrieved
-from mmtrain.objective.positions import positions
+from mmtrain.objective.cells import picture_cells
 from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 
@@ -44,7 +44,6 @@ class Sampler:
     text: TextTokenizer
     image: ImageTokenizer
     batch_size: int = 64
-    alignment: int = 0
     progress: Progress | None = None
 
     def images(
@@ -78,7 +77,8 @@ class Sampler:
                 None,
                 [(seed, "image", *key) for key in keys],
                 settings,
-                [self._positions(row, v.image_start) for half in batch for row in half],
+                [picture_cells(row, v) for half in batch for row in half],
+                draws_picture=True,
             )
             pixels = self.image.decode(ids - v.image_start)
             samples += [Drawn(*key, pixels=picture) for key, picture in zip(keys, pixels, strict=True)]
@@ -113,21 +113,16 @@ class Sampler:
                 v.eoss,
                 [(seed, "caption", *key) for key in keys],
                 settings,
-                [self._positions(prompts[i], v.text_start) for i in rows],
+                [picture_cells(prompts[i], v) for i in rows],
             )
             for key, row in zip(keys, ids, strict=True):
                 words = row[: int(np.argmax(row == v.eoss))] if (row == v.eoss).any() else row
                 samples.append(Written(*key, text=self.text.decode((words - v.text_start).tolist())))
         return samples
 
-    def _positions(self, prompt: np.ndarray, following: int) -> np.ndarray:
-        """Positions of a prompt and of the first new id, of the modality of `following`, as in training."""
-        return positions(np.append(prompt, following), self.vocabulary, self.alignment)
-
     def _fitting(self, retrieved: Sequence[list[np.ndarray]] | None, index: int, needed: int) -> list[np.ndarray]:
         """The retrieved documents of a prompt that leave room for `needed` tokens and the specials around them."""
-        longest = self.model.max_positions // (2 if self.alignment else 1)  # as models.num_positions doubles it
-        room = longest - needed - SPECIAL_TOKENS
+        room = self.model.max_positions - needed - SPECIAL_TOKENS
         return fit_retrieved(retrieved[index], room) if retrieved else []
 
     def _text_ids(self, caption: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmtrain.config import UserError
 from mmtrain.config.randomness import random_stream
 from mmtrain.models import Decoder
+from mmtrain.objective import NO_CELL
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,27 @@ def sample_tokens(
     stop: int | None,
     seeds: Sequence[tuple[int | str, ...]],
     settings: SamplingSettings,
-    positions: Sequence[np.ndarray] | None = None,
+    cells: Sequence[np.ndarray] | None = None,
+    draws_picture: bool = False,
 ) -> np.ndarray:
     """(B, length) int64 ids continuing each prompt; after `stop` a row repeats `stop`.
 
     prompts: B id arrays; unconditional: their counterparts for guidance, or None; allowed: (V,) bool, ids the
-    grammar admits; seeds: one random key per prompt; positions: for each prompt, then for each unconditional one,
-    the positions of its ids and of the first new one (default: 0, 1, 2 ...).
+    grammar admits; seeds: one random key per prompt; cells: for each prompt, then for each unconditional one,
+    `picture_cells` of its ids (default: no image tokens); draws_picture: the new ids are a whole picture.
     Raises UserError when prompt + length exceeds the model's positions.
     """
     guided = unconditional is not None and settings.guidance != 1.0
     rows = [*prompts, *unconditional] if guided and unconditional is not None else list(prompts)
     longest = max(len(row) for row in rows)
-    if positions is None:
-        positions = [np.arange(len(row) + 1) for row in rows]
-    if max(int(row[-1]) for row in positions) + length > model.max_positions:
+    if longest + length > model.max_positions:
         raise UserError(
             f"a prompt of {longest} tokens and {length} new ones exceed the model's {model.max_positions} positions; "
             "shorten the prompt or retrieve fewer documents"
         )
     device = next(model.parameters()).device
     B = len(prompts)
-    tokens_RP, position_RP, valid_RP = _left_pad(rows, positions, longest, device)
+    tokens_RP, position_RP, cell_RP, valid_RP = _left_pad(rows, cells, longest, device)
     mask = (valid_RP[:, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril())[:, None]
     # A padded query position would have no key at all: let it see itself.
     mask |= torch.eye(longest, dtype=torch.bool, device=device)
@@ -64,11 +64,11 @@ def sample_tokens(
     allowed_V = torch.as_tensor(allowed, device=device)
     uniform_BN = torch.tensor(np.stack([random_stream(*seed).random(length) for seed in seeds]), device=device)
     seen_RT = torch.cat([valid_RP, torch.ones(len(rows), length, dtype=torch.bool, device=device)], dim=1)
-    next_position_R1 = torch.tensor([[int(row[-1])] for row in positions[: len(rows)]], device=device)
+    next_position_R1 = torch.tensor([[len(row)] for row in rows], device=device)
     finished_B = torch.zeros(B, dtype=torch.bool, device=device)
     output_BN = torch.empty(B, length, dtype=torch.int64, device=device)
 
-    logits_RV = model.decode(tokens_RP, position_RP, mask, cache)
+    logits_RV = model.decode(tokens_RP, position_RP, cell_RP, mask, cache)
     for step in range(length):
         logits_BV = logits_RV[:B].float()
         if guided:
@@ -84,7 +84,8 @@ def sample_tokens(
             break
         tokens_R1 = (chosen_B.repeat(2) if guided else chosen_B)[:, None]
         mask = seen_RT[:, None, None, : cache.length + 1]
-        logits_RV = model.decode(tokens_R1, next_position_R1 + step, mask, cache)
+        cell_R1 = torch.full_like(tokens_R1, step if draws_picture else NO_CELL)
+        logits_RV = model.decode(tokens_R1, next_position_R1 + step, cell_R1, mask, cache)
     return output_BN.cpu().numpy()
 
 
@@ -106,15 +107,21 @@ def choose(logits_BV: Tensor, allowed_V: Tensor, uniform_B: Tensor, settings: Sa
 
 
 def _left_pad(
-    rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], longest: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions (R, P) int64 and validity (R, P) bool, prompts flush right so that all end together."""
+    rows: Sequence[np.ndarray], cells: Sequence[np.ndarray] | None, longest: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, positions, cells (R, P) int64 and validity (R, P) bool, prompts flush right so that all end together."""
     tokens = np.zeros((len(rows), longest), dtype=np.int64)
-    valid = np.zeros((len(rows), longest), dtype=bool)
     position = np.zeros((len(rows), longest), dtype=np.int64)
+    cell = np.full((len(rows), longest), NO_CELL, dtype=np.int64)
+    valid = np.zeros((len(rows), longest), dtype=bool)
     for index, row in enumerate(rows):
-        tokens[index, longest - len(row) :] = row
-        valid[index, longest - len(row) :] = True
-        position[index, longest - len(row) :] = positions[index][:-1]
-    to = torch.as_tensor
-    return to(tokens, device=device), to(position, device=device), to(valid, device=device)
+        filled = slice(longest - len(row), longest)
+        tokens[index, filled] = row
+        position[index, filled] = np.arange(len(row))
+        valid[index, filled] = True
+        if cells is not None:
+            cell[index, filled] = cells[index]
+    tokens_RP, position_RP, cell_RP, valid_RP = (
+        torch.as_tensor(array, device=device) for array in (tokens, position, cell, valid)
+    )
+    return tokens_RP, position_RP, cell_RP, valid_RP

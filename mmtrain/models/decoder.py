@@ -33,6 +33,22 @@ class Block(nn.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
 
+class CellEmbedding(nn.Module):
+    """A learned vector per row and one per column of a picture (axial positions, as in DALL-E's decoder)."""
+
+    def __init__(self, grid: int, width: int):
+        super().__init__()
+        self.grid = grid
+        self.row = nn.Embedding(grid, width)
+        self.column = nn.Embedding(grid, width)
+
+    def forward(self, cell_BS: Tensor) -> Tensor:
+        """(B, S) cells in raster order, -1 for none, to (B, S, D); none gives zeros."""
+        inside_BS = cell_BS.clamp(min=0)
+        x_BSD = self.row(inside_BS // self.grid) + self.column(inside_BS % self.grid)
+        return x_BSD * (cell_BS >= 0)[..., None]
+
+
 class Decoder(nn.Module):
     """Decoder with its head; `forward` is the training step, `logits` and `decode` serve sampling.
 
@@ -45,6 +61,7 @@ class Decoder(nn.Module):
         self.max_positions = max_positions
         self.token_embedding = nn.Embedding(vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(max_positions, config.width) if not config.rotary else None
+        self.cell_embedding = CellEmbedding(config.picture_grid, config.width) if config.picture_grid else None
         self.blocks = nn.ModuleList(self.new_block() for _ in range(config.layers))
         self.final_norm = self.new_norm()
         self.head = Head(config.width, vocabulary_size, config.loss_chunk, config.z_loss)
@@ -67,6 +84,9 @@ class Decoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         outputs = {id(weight) for block in self.blocks for weight in (block.attention.out.weight, block.ffn.out.weight)}
+        positions = {
+            id(p) for part in (self.position_embedding, self.cell_embedding) if part for p in part.parameters()
+        }
         for module in self.modules():
             if isinstance(module, nn.RMSNorm | QKNorm):
                 module.reset_parameters()
@@ -74,7 +94,7 @@ class Decoder(nn.Module):
             if parameter.ndim < 2:
                 continue
             std = self.config.init_std
-            if self.position_embedding is not None and parameter is self.position_embedding.weight:
+            if id(parameter) in positions:
                 std = self.config.position_init_std
             if std == 0 or (self.config.zero_init_outputs and id(parameter) in outputs):
                 parameter.zero_()
@@ -82,39 +102,46 @@ class Decoder(nn.Module):
                 nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
 
     def forward(
-        self, tokens: Tensor, document: Tensor, position: Tensor, targets: Tensor, loss_weight: Tensor, modality: Tensor
+        self,
+        tokens: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cell: Tensor,
+        targets: Tensor,
+        loss_weight: Tensor,
+        modality: Tensor,
     ) -> LossSums:
         """Loss sums of a packed batch.
 
-        tokens, targets, modality: (B, S) int64; document, position: (B, S) integers, document -1 = padding;
-        loss_weight: (B, S) float32.
+        tokens, targets, modality: (B, S) int64; document, position, cell: (B, S) integers, document -1 = padding,
+        cell -1 = no image token; loss_weight: (B, S) float32.
         """
-        return self.head(self._hidden(tokens, document, position), targets, loss_weight, modality)
+        return self.head(self._hidden(tokens, document, position, cell), targets, loss_weight, modality)
 
-    def logits(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, document: Tensor, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, V) logits of a packed batch, without a cache."""
-        return self.head(self._hidden(tokens, document, position))
+        return self.head(self._hidden(tokens, document, position, cell))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
         c = self.config
         return KVCache.empty(c.layers, batch, c.heads, capacity, c.width // c.heads, self.token_embedding.weight)
 
-    def decode(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, tokens: Tensor, position: Tensor, cell: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last of the new positions; the cache grows by them.
 
-        tokens, position: (B, S) of the new positions; mask: (B, 1, S, T) bool over all T positions so far.
+        tokens, position, cell: (B, S) of the new positions; mask: (B, 1, S, T) bool over all T positions so far.
         """
-        x_BSD, rotary = self._embed(tokens, position)
+        x_BSD, rotary = self._embed(tokens, position, cell)
         packing = Packing(mask)
         for layer, block in enumerate(self.blocks):
             x_BSD = block(x_BSD, packing, rotary, cache, layer)
         cache.length += tokens.shape[1]
         return self.head(self.final_norm(x_BSD[:, -1:]))[:, 0]
 
-    def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, D) before the head."""
-        x_BSD, rotary = self._embed(tokens, position)
+        x_BSD, rotary = self._embed(tokens, position, cell)
         packing = pack_documents(document)
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
@@ -123,9 +150,11 @@ class Decoder(nn.Module):
                 x_BSD = block(x_BSD, packing, rotary)
         return self.final_norm(x_BSD)
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Rotary | None]:
+    def _embed(self, tokens: Tensor, position: Tensor, cell: Tensor) -> tuple[Tensor, Rotary | None]:
         """Embedded tokens (B, S, D), and the rotary positions of a family that has them."""
         x_BSD = self.token_embedding(tokens)
+        if self.cell_embedding is not None:
+            x_BSD = x_BSD + self.cell_embedding(cell)
         if self.position_embedding is not None:
             return x_BSD + self.position_embedding(position), None
         c = self.config

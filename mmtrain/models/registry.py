@@ -17,10 +17,8 @@ def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, d
 
 
 def num_positions(config: Config) -> int:
-    """Learned positions that a run needs: with aligned pictures a sequence spreads over up to twice its length."""
-    if config.model.max_positions:
-        return config.model.max_positions
-    return config.stream.sequence_length * (2 if config.stream.picture_alignment else 1)
+    """Longest sequence of a run, in tokens."""
+    return config.model.max_positions or config.stream.sequence_length
 
 
 def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:

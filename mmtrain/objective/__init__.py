@@ -8,20 +8,21 @@ the same sequence in every process.
 
 from mmtrain.objective.assemble import arrange, assemble
 from mmtrain.objective.causal import causal
+from mmtrain.objective.cells import NO_CELL, picture_cells
 from mmtrain.objective.cm3 import cm3, rotate, unrotate
-from mmtrain.objective.positions import positions
 from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
 from mmtrain.objective.sequence import TrainingSequence
 from mmtrain.objective.training import training_sequence
 
 __all__ = [
+    "NO_CELL",
     "TrainingSequence",
     "arrange",
     "assemble",
     "caption_prompt",
     "causal",
     "cm3",
-    "positions",
+    "picture_cells",
     "rotate",
     "text_to_image_prompt",
     "training_sequence",

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmtrain.config import ObjectiveConfig
 from mmtrain.objective.causal import causal
+from mmtrain.objective.cells import NO_CELL, picture_cells
 from mmtrain.objective.sequence import TrainingSequence, mark_retrieved, target_weights
 from mmtrain.tokens import MODALITIES, Vocabulary
 
@@ -40,7 +41,9 @@ def cm3(
     inherited = is_retrieved[starts]
     is_retrieved = rotate(is_retrieved, starts, ends, inherited, inherited)
     weight = target_weights(rotated, is_retrieved, vocabulary, config)
-    return TrainingSequence(rotated, weight, is_retrieved, num_masks=len(starts))
+    outside = np.full(len(starts), NO_CELL)
+    cell = rotate(picture_cells(tokens, vocabulary), starts, ends, outside, outside)
+    return TrainingSequence(rotated, weight, is_retrieved, cell, num_masks=len(starts))
 
 
 def draw_num_masks(config: ObjectiveConfig, rng: np.random.Generator) -> int:

@@ -18,6 +18,8 @@ class TrainingSequence:
     """(n,) float32; entry t weighs the prediction of `tokens[t + 1]`; the last entry is 0."""
     is_retrieved: np.ndarray
     """(n,) bool; the token belongs to a retrieved document, also where a mask moved it."""
+    cell: np.ndarray
+    """(n,) int32; place of an image token in its picture (raster order), also where a mask moved it; else -1."""
     num_masks: int = 0
     truncated: bool = False
     """Trailing segments of the query document were left out, or a text was cut, to fit."""

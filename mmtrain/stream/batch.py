@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from mmtrain.objective import TrainingSequence, positions
+from mmtrain.objective import NO_CELL, TrainingSequence
 from mmtrain.tokens import MODALITIES, Vocabulary
 
 KINDS = (*MODALITIES, "retrieved")
@@ -18,7 +18,8 @@ class Batch(TypedDict):
 
     tokens: int64. targets: int64, the next token inside the document. loss_weight: float32, 0 at the last token of
     a document and on padding. document: int32, number within the row from 0, -1 on padding. position: int32, from 0
-    in every document. Padding has `<pad>` as token and as target.
+    in every document. cell: int32, place of an image token in its picture in raster order, else -1. Padding has `<pad>`
+    as token and as target.
     """
 
     tokens: torch.Tensor
@@ -26,6 +27,7 @@ class Batch(TypedDict):
     loss_weight: torch.Tensor
     document: torch.Tensor
     position: torch.Tensor
+    cell: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class BatchCounts:
 
 
 def collate(
-    rows: Sequence[Sequence[TrainingSequence]], sequence_length: int, vocabulary: Vocabulary, alignment: int = 0
+    rows: Sequence[Sequence[TrainingSequence]], sequence_length: int, vocabulary: Vocabulary
 ) -> tuple[Batch, BatchCounts]:
     """Lay the sequences of each row side by side; each row's lengths add up to at most `sequence_length`."""
     shape = (len(rows), sequence_length)
@@ -59,6 +61,7 @@ def collate(
     loss_weight = np.zeros(shape, dtype=np.float32)
     document = np.full(shape, -1, dtype=np.int32)
     position = np.zeros(shape, dtype=np.int32)
+    cell = np.full(shape, NO_CELL, dtype=np.int32)
     is_retrieved = np.zeros(shape, dtype=bool)
     for i, row in enumerate(rows):
         start = 0
@@ -68,7 +71,8 @@ def collate(
             targets[i, start : end - 1] = sequence.tokens[1:]
             loss_weight[i, start:end] = sequence.loss_weight
             document[i, start:end] = number
-            position[i, start:end] = positions(sequence.tokens, vocabulary, alignment)
+            position[i, start:end] = np.arange(len(sequence))
+            cell[i, start:end] = sequence.cell
             is_retrieved[i, start:end] = sequence.is_retrieved
             start = end
     is_document = document >= 0
@@ -88,5 +92,6 @@ def collate(
         loss_weight=torch.from_numpy(loss_weight),
         document=torch.from_numpy(document),
         position=torch.from_numpy(position),
+        cell=torch.from_numpy(cell),
     )
     return batch, counts

@@ -74,7 +74,7 @@ class Stream:
                 number, lane = divmod(step * rows_per_step + j, self.config.lanes)
                 rows.append(self._lanes[lane].row(number))
             self._last_step = step
-        return collate(rows, self.config.sequence_length, self.vocabulary, self.config.picture_alignment)
+        return collate(rows, self.config.sequence_length, self.vocabulary)
 
     def state(self, step: int | None = None, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """The stream after `step` (default: after the last batch produced), JSON-able, the same for any world size.

@@ -66,8 +66,7 @@ class TrainedRun:
         if self.config.engine.dtype == "bf16":
             model = model.to(torch.bfloat16)
         image, g = self.image.to(device), self.config.generate
-        alignment = self.config.stream.picture_alignment
-        return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size, alignment)
+        return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size)
 
     @cached_property
     def memory(self) -> Memory | None:

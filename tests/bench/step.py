@@ -81,6 +81,7 @@ def random_batch(args: argparse.Namespace, world: World) -> dict[str, torch.Tens
         "targets": tokens.roll(-1, 1),
         "document": (column // document_length).int().repeat(rows, 1),
         "position": (column % document_length).int().repeat(rows, 1),
+        "cell": torch.full((rows, length), -1, dtype=torch.int32),
         "loss_weight": torch.ones(rows, length),
         "modality": tokens % 3,
     }

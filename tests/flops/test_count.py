@@ -85,7 +85,7 @@ def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, family
     model = ModelConfig(family=family, layers=2, width=64, heads=4, **settings)
     decoder = build_model(model, V, 48, "meta")
     with torch.device("meta"):
-        keys = ("tokens", "document", "position", "targets", "modality")
+        keys = ("tokens", "document", "position", "cell", "targets", "modality")
         batch = {key: torch.zeros(2, 48, dtype=torch.long) for key in keys}
         batch["loss_weight"] = torch.ones(2, 48)
     decoder.train()

@@ -80,7 +80,8 @@ def test_greedy_guided_ids_are_those_of_the_formula(model: Decoder) -> None:
 
     def logits_after(tokens: np.ndarray) -> torch.Tensor:
         row = torch.tensor(tokens)[None]
-        return model.logits(row, torch.zeros_like(row), torch.arange(len(tokens))[None])[0, -1]
+        position, no_cell = torch.arange(len(tokens))[None], torch.full_like(row, -1)
+        return model.logits(row, torch.zeros_like(row), position, no_cell)[0, -1]
 
     for step in range(LENGTH):
         with torch.inference_mode():
@@ -89,6 +90,24 @@ def test_greedy_guided_ids_are_those_of_the_formula(model: Decoder) -> None:
         guided = unconditional + guidance * (conditional - unconditional)
         guided[~torch.tensor(allowed())] = float("-inf")
         assert ids[step] == int(guided.argmax())
+
+
+def test_a_picture_is_drawn_in_the_cells_that_training_gives_it() -> None:
+    """Rotary positions and rows and columns, with a picture in the prompt and prompts of different lengths."""
+    settings = {"init_std": 0.3, "position_init_std": 0.3, "zero_init_outputs": False, "picture_grid": 4}
+    model = build_model(ModelConfig("chameleon", 2, 32, 2, **settings), VOCABULARY, POSITIONS).eval()
+    model.initialize(2)
+    seen = np.array([1, 3, *range(20, 36), 4])
+    cells = [np.array([-1, -1, *range(16), -1]), np.full(2, -1)]
+    greedy = SamplingSettings(temperature=0)
+    ids = draw(model, [seen, PROMPTS[0]], settings=greedy, cells=cells, draws_picture=True)
+    for prompt, cell, drawn in zip([seen, PROMPTS[0]], cells, ids, strict=True):
+        tokens = torch.tensor(np.append(prompt, drawn))[None]
+        cell = torch.tensor(np.append(cell, np.arange(LENGTH)))[None]
+        with torch.inference_mode():
+            logits = model.logits(tokens, torch.zeros_like(tokens), torch.arange(tokens.shape[1])[None], cell)[0]
+        logits = logits.masked_fill(~torch.tensor(allowed()), float("-inf"))
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == drawn.tolist()
 
 
 def test_temperature_0_is_greedy_whatever_the_seed(model: Decoder) -> None:

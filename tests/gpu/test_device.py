@@ -61,6 +61,7 @@ def batch(step: int, device: str = "cuda") -> dict[str, torch.Tensor]:
         "targets": tokens.roll(-1, 1),
         "document": document.expand(ROWS, LENGTH),
         "position": position.expand(ROWS, LENGTH),
+        "cell": torch.full((ROWS, LENGTH), -1),
         "loss_weight": (document >= 0).float().expand(ROWS, LENGTH),
         "modality": tokens % 3,
     }
@@ -128,7 +129,7 @@ def test_a_checkpoint_continues_on_the_device(kind: str, stage: int, dtype: str,
 def test_logits_are_those_of_the_cpu() -> None:
     model = new_model(configure()).eval()
     inputs = batch(0, "cpu")
-    names = ("tokens", "document", "position")
+    names = ("tokens", "document", "position", "cell")
     with torch.inference_mode():
         expected = model.logits(*(inputs[name] for name in names))
         found = model.to("cuda").logits(*(inputs[name].to("cuda") for name in names))
@@ -140,11 +141,11 @@ def test_packed_documents_never_see_each_other(dtype: torch.dtype) -> None:
     model = new_model(configure()).to("cuda", dtype).eval()
     inputs = batch(0)
     with torch.inference_mode():
-        before = model.logits(inputs["tokens"], inputs["document"], inputs["position"])
+        before = model.logits(inputs["tokens"], inputs["document"], inputs["position"], inputs["cell"])
         for number in range(3):
             inside = inputs["document"] == number
             changed = torch.where(inside, inputs["tokens"], (inputs["tokens"] + 7) % VOCABULARY)
-            after = model.logits(changed, inputs["document"], inputs["position"])
+            after = model.logits(changed, inputs["document"], inputs["position"], inputs["cell"])
             assert torch.equal(after[inside], before[inside])
 
 

@@ -10,7 +10,7 @@ from mmtrain.config import ModelConfig
 from mmtrain.config.compose import compose
 from mmtrain.models import Decoder, build_model, count_parameters
 
-VOCABULARY, POSITIONS = 90, 40
+VOCABULARY, POSITIONS, GRID = 90, 40, 3
 FAMILIES = ("cm3leon", "chameleon")
 
 
@@ -22,7 +22,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def small(family: str = "cm3leon", **changes: object) -> ModelConfig:
     settings = {"layers": 3, "width": 24, "heads": 3, "init_std": 0.2, "position_init_std": 0.2}
     if family == "chameleon":
-        settings |= {"ffn_width": 40, "rope_base": 30.0}
+        settings |= {"ffn_width": 40, "rope_base": 30.0, "picture_grid": GRID}
     return ModelConfig(family=family, **(settings | {"zero_init_outputs": False} | changes))
 
 
@@ -47,12 +47,13 @@ def packed_batch(seed: int = 0) -> dict[str, torch.Tensor]:
         "targets": torch.tensor(rng.integers(0, VOCABULARY, document.shape)),
         "document": torch.tensor(document, dtype=torch.int32),
         "position": torch.tensor(position, dtype=torch.int32),
+        "cell": torch.tensor(rng.integers(-1, GRID**2, document.shape), dtype=torch.int32),
         "loss_weight": torch.tensor(weight, dtype=torch.float32),
         "modality": torch.tensor(rng.integers(0, 3, document.shape)),
     }
 
 
-def naive_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+def naive_logits(model: Decoder, tokens: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """(n, V) float64 logits of one document by loops over heads and positions, from the papers' descriptions."""
     weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     c = model.config
@@ -78,6 +79,9 @@ def naive_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
     x = weights["token_embedding.weight"][tokens]
     if not chameleon:
         x = x + weights["position_embedding.weight"][: len(tokens)]
+    for s in np.flatnonzero(cells >= 0) if c.picture_grid else ():
+        row, column = divmod(cells[s], c.picture_grid)
+        x[s] = x[s] + weights["cell_embedding.row.weight"][row] + weights["cell_embedding.column.weight"][column]
     for layer in range(c.layers):
         at = f"blocks.{layer}."
         q, k, v = np.split(norm(x, at + "attention_norm") @ weights[at + "attention.qkv.weight"].T, 3, axis=-1)
@@ -130,7 +134,7 @@ def test_the_loss_is_that_of_a_naive_float64_computation(changes: dict, z_loss: 
     total, by_modality = 0.0, np.zeros((3, 2))
     for row, columns in documents_of(batch):
         field = {name: tensor[row].numpy()[columns] for name, tensor in batch.items()}
-        logits = naive_logits(model, field["tokens"])
+        logits = naive_logits(model, field["tokens"], field["cell"])
         log_z = np.log(np.exp(logits).sum(-1))
         loss = log_z - logits[np.arange(len(columns)), field["targets"]]
         total += float(((loss + z_loss * log_z**2) * field["loss_weight"]).sum())
@@ -146,12 +150,12 @@ def test_the_loss_is_that_of_a_naive_float64_computation(changes: dict, z_loss: 
 def test_packed_documents_never_see_each_other(family: str) -> None:
     """Bit for bit: what other documents of the row hold changes nothing."""
     model, batch = build(small(family)), packed_batch()
-    before = model.logits(batch["tokens"], batch["document"], batch["position"])
+    before = model.logits(batch["tokens"], batch["document"], batch["position"], batch["cell"])
     for row, columns in documents_of(batch)[:3]:
         others = torch.ones_like(batch["tokens"], dtype=torch.bool)
         others[row, columns] = False
         changed = torch.where(others, (batch["tokens"] + 7) % VOCABULARY, batch["tokens"])
-        after = model.logits(changed, batch["document"], batch["position"])
+        after = model.logits(changed, batch["document"], batch["position"], batch["cell"])
         assert torch.equal(after[row, columns], before[row, columns])
         assert not torch.equal(after, before)
 
@@ -160,7 +164,7 @@ def test_no_gradient_flows_into_another_document_or_the_future(family: str) -> N
     model, batch = build(small(family)), packed_batch()
     embedded = []
     model.token_embedding.register_forward_hook(lambda _, __, output: embedded.append(output) or output.retain_grad())
-    logits = model.logits(batch["tokens"], batch["document"], batch["position"])
+    logits = model.logits(batch["tokens"], batch["document"], batch["position"], batch["cell"])
     logits[0, 15].sum().backward()
     reached = torch.nonzero(embedded[0].grad.abs().sum(-1))
     assert reached.tolist() == [[0, column] for column in range(10, 16)]
@@ -168,10 +172,11 @@ def test_no_gradient_flows_into_another_document_or_the_future(family: str) -> N
 
 def test_a_packed_document_has_the_logits_it_has_alone(family: str) -> None:
     model, batch = build(small(family)), packed_batch()
-    packed = model.logits(batch["tokens"], batch["document"], batch["position"])
+    packed = model.logits(batch["tokens"], batch["document"], batch["position"], batch["cell"])
     for row, columns in documents_of(batch):
         tokens = batch["tokens"][row, columns][None]
-        alone = model.logits(tokens, torch.zeros_like(tokens), torch.arange(len(columns))[None])
+        cell = batch["cell"][row, columns][None]
+        alone = model.logits(tokens, torch.zeros_like(tokens), torch.arange(len(columns))[None], cell)
         torch.testing.assert_close(packed[row, columns], alone[0], rtol=1e-5, atol=1e-5)
 
 
@@ -202,16 +207,17 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
 
 def test_decoding_with_the_cache_gives_the_logits_of_the_whole_sequence(family: str) -> None:
     model = build(small(family))
-    tokens = packed_batch()["tokens"]
+    tokens, cell = packed_batch()["tokens"], packed_batch()["cell"]
     batch, length = tokens.shape
     position = torch.arange(length).expand(batch, length)
-    whole = model.logits(tokens, torch.zeros_like(tokens), position)
+    whole = model.logits(tokens, torch.zeros_like(tokens), position, cell)
     causal = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
     cache = model.new_cache(batch, length)
     end = 0
     for size in (5, 1, 1, 9, 1, 11):
         start, end = end, end + size
-        logits = model.decode(tokens[:, start:end], position[:, start:end], causal[:, :, start:end, :end], cache)
+        new = slice(start, end)
+        logits = model.decode(tokens[:, new], position[:, new], cell[:, new], causal[:, :, new, :end], cache)
         torch.testing.assert_close(logits, whole[:, end - 1], rtol=1e-5, atol=1e-5)
     assert cache.length == end == length
 

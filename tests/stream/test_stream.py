@@ -45,17 +45,22 @@ def test_batch_has_the_promised_layout(shards):
         "loss_weight": (torch.float32, (8, 96)),
         "document": (torch.int32, (8, 96)),
         "position": (torch.int32, (8, 96)),
+        "cell": (torch.int32, (8, 96)),
     }
     documents = 0
     for i in range(8):
-        tokens, targets, weight, document, position = (value[i] for value in batch.values())
+        tokens, targets, weight, document, position, cell = (value[i] for value in batch.values())
         padding = document == -1
         assert (tokens[padding] == 0).all() and (targets[padding] == 0).all() and (weight[padding] == 0).all()
+        assert (cell[padding] == -1).all()
         for number in range(int(document.max()) + 1):
             own = document == number
             documents += 1
             assert tokens[own][0] == VOCABULARY.eos
             assert position[own].tolist() == list(range(int(own.sum())))
+            is_image = VOCABULARY.modality(tokens[own]) == 2
+            assert sorted(cell[own][is_image].tolist()) == list(range(int(is_image.sum())))  # masks move it
+            assert (cell[own][~is_image] == -1).all()
             assert targets[own][:-1].tolist() == tokens[own][1:].tolist()
             assert (weight[own][:-1] == 1).all() and weight[own][-1] == 0
     counts = stream.counts

@@ -56,6 +56,7 @@ def batch(step: int) -> dict[str, Tensor]:
         "targets": tokens.roll(-1, 1),
         "document": (torch.arange(LENGTH) // 20).expand(ROWS, LENGTH),
         "position": (torch.arange(LENGTH) % 20).expand(ROWS, LENGTH),
+        "cell": torch.full((ROWS, LENGTH), -1),
         "loss_weight": (torch.rand(ROWS, LENGTH, generator=generator) < share).float(),
         "modality": tokens % 3,
     }
