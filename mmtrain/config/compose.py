@@ -36,7 +36,7 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     Later wins: schema, groups, experiment, overrides. `config_dir` (or --config-dir) adds a folder of the
     user's own options, laid out like conf/. Raises UserError for what does not exist or cannot work.
     """
-    return validate(_compose(overrides, config_dir))
+    return validate(_resolved(_compose(overrides, config_dir)))
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> Config:
@@ -72,7 +72,15 @@ def with_overrides(config: Config, overrides: list[str], config_dir: Path | None
             config = replace(config, **{override.key: section})
         else:
             config = _with_value(node, config, override)
-    return validate(config)
+    return validate(_resolved(config))
+
+
+def _resolved(config: Config) -> Config:
+    """`config` with model.picture_grid=-1 replaced by the grid of its pictures."""
+    if config.model.picture_grid >= 0:
+        return config
+    grid = config.corpus.image_size // config.image_tokenizer.downsample
+    return replace(config, model=replace(config.model, picture_grid=grid))
 
 
 def _with_value(schema: DictConfig, config: Config, override: Override) -> Config:

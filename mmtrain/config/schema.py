@@ -120,7 +120,7 @@ class ModelConfig:
     ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width; chameleon: 8/3 x width, up to a multiple of 256).", minimum=0)
     activation: str = knob("relu", "Activation of the feed-forward layer (chameleon: always SwiGLU).", choices=("relu", "gelu"))
     max_positions: int = knob(0, "Longest sequence, and the number of learned positions (0: stream.sequence_length).", minimum=0)
-    picture_grid: int = knob(0, "Codes along one side of a picture, to give image tokens learned row and column vectors (0: none).", minimum=0)
+    picture_grid: int = knob(0, "Learned row and column vectors for image tokens: codes along one side of a picture (-1: those of this run; 0: no vectors).", minimum=-1)
     rope_base: float = knob(10000.0, "Base of the rotary positions (chameleon).", minimum=1.0)
     tie_embeddings: bool = knob(True, "Use the token embedding as the output head.")
     norm_eps: float = knob(1e-5, "Epsilon of the norms.")

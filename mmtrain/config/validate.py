@@ -113,8 +113,8 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
     tokens_per_image = (config.corpus.image_size // config.image_tokenizer.downsample) ** 2
     if model.picture_grid and model.picture_grid**2 != tokens_per_image:
         yield (
-            f"model.picture_grid={model.picture_grid} is not the grid of these pictures; set it to "
-            f"{config.corpus.image_size // config.image_tokenizer.downsample}, or 0 for no rows and columns"
+            f"model.picture_grid={model.picture_grid} is not the grid of these pictures; set it to -1, "
+            "which finds their own, or to 0 for no rows and columns"
         )
     if length < tokens_per_image + SHORTEST_CAPTION:
         yield (

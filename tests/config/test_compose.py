@@ -220,6 +220,12 @@ def test_overrides_go_on_top_of_a_frozen_configuration() -> None:
         with_overrides(frozen, ["generate.sed=3"])
 
 
+def test_the_grid_of_the_pictures_is_found() -> None:
+    model = compose(["model.picture_grid=-1", "corpus.image_size=128", "stream.sequence_length=512"]).model
+    assert model.picture_grid == 16
+    assert "set it to -1" in sentence("model.picture_grid=7")
+
+
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
