@@ -68,16 +68,17 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def at(cls, position_BS: Tensor, head_size: int, base: float, dtype: torch.dtype) -> "Rotary":
-        """The angles of `position_BS`, computed in float32: position / base^(2 i / K) for pair i."""
+    def at(cls, position_BS: Tensor, head_size: int, base: float) -> "Rotary":
+        """The angles of `position_BS` in float32: position / base^(2 i / K) for pair i."""
         steps = torch.arange(0, head_size, 2, device=position_BS.device, dtype=torch.float32)
         angles = position_BS[:, :, None, None, None].float() * base ** (-steps / head_size)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls(angles.cos(), angles.sin())
 
     def rotate(self, x_BSCHK: Tensor) -> Tensor:
         """Turn every pair of every head by the angle of its position; (B, S, C, H, K) to the same."""
         first, second = x_BSCHK.chunk(2, dim=-1)
-        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        cos, sin = self.cos.type_as(x_BSCHK), self.sin.type_as(x_BSCHK)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 @dataclass
@@ -136,7 +137,7 @@ class QKNorm(nn.Module):
         """(B, S, 2, H, K) to the same."""
         normed = F.layer_norm(qk_BSCHK, (self.head_size,), eps=self.eps)
         shape = (2, self.heads, self.head_size)
-        return normed * self.weight.view(shape) + self.bias.view(shape)
+        return (normed * self.weight.view(shape) + self.bias.view(shape)).type_as(qk_BSCHK)
 
 
 class SelfAttention(nn.Module):

@@ -158,4 +158,4 @@ class Decoder(nn.Module):
         if self.position_embedding is not None:
             return x_BSD + self.position_embedding(position), None
         c = self.config
-        return x_BSD, Rotary.at(position, c.width // c.heads, c.rope_base, x_BSD.dtype)
+        return x_BSD, Rotary.at(position, c.width // c.heads, c.rope_base)
