@@ -48,9 +48,9 @@ HELD_OUT = frozenset(zip(("pink", "cyan", "purple", "orange", "yellow", "green")
 # Fractions of the side of the picture. At 64 pixels: radii 8 (small) and 12 (large), gaps of 3 pixels.
 RADII = {"small": 0.125, "large": 0.1875}
 GAP = 0.047
-# Centers lie on a lattice of so many steps to the side (4 pixels of 64): what varies is what captions tell, so that a
+# Centers lie on a lattice of so many steps to the side (8 pixels of 64): what varies is what captions tell, so that a
 # small tokenizer can draw every shape.
-LATTICE = 16
+LATTICE = 8
 BORDER = 0.025
 # By so much the two axes of a stated relation differ: no scene is on the diagonal.
 RELATION_MARGIN = 0.08
