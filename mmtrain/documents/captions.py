@@ -36,6 +36,21 @@ NUM_PHRASINGS = 4
 NUM_RELATION_PHRASES = 2
 # Of four ways to say the sizes, one says them: most captions leave them to the picture.
 NUM_SIZE_CHOICES = 4
+# Of two ways to say the places, one says them: what "above" means is learned sooner beside "at the top".
+NUM_PLACE_CHOICES = 2
+
+
+def place(thing: Thing) -> str:
+    """Where an object lies in its picture: "at the top left", ..., "in the center"."""
+    assert thing.x is not None and thing.y is not None
+    rows, columns = (("", "bottom", "top"), ("", "right", "left"))  # indexed by the sign: 0, 1, -1
+    words = [rows[_side(thing.y)], columns[_side(thing.x)]]
+    return "at the " + " ".join(filter(None, words)) if any(words) else "in the center"
+
+
+def _side(center: float) -> int:
+    """-1, 0 or 1: before, in or behind the middle quarter."""
+    return (center > 0.57) - (center < 0.43)
 
 
 def _noun(thing: Thing, with_size: bool) -> str:
@@ -46,15 +61,19 @@ def _with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def write_caption(scene: Scene, phrasing: int, relation_phrase: int = 0, size_choice: int = 0) -> str:
+def write_caption(
+    scene: Scene, phrasing: int, relation_phrase: int = 0, size_choice: int = 0, place_choice: int = 0
+) -> str:
     """One caption that names the background and every object, and for 2-3 objects each of scene.relations.
 
-    The three numbers choose the words; scene.relations must be those of objects 1 (and 2) to object 0, as
+    The four numbers choose the words; scene.relations must be those of objects 1 (and 2) to object 0, as
     make_scene writes them: (0, relation, 1), (0, relation, 2).
     """
     words = {"background": scene.background or ""}
     for name, thing in zip("abc", scene.objects, strict=False):
         words[name] = _with_article(_noun(thing, size_choice == NUM_SIZE_CHOICES - 1))
+        if place_choice == NUM_PLACE_CHOICES - 1:
+            words[name] += " " + place(thing)
     for _, relation, other in scene.relations:
         for key, name in ((f"a{'abc'[other]}", relation), (f"{'abc'[other]}a", INVERSE[relation])):
             phrases = RELATION_PHRASES[name]

@@ -17,6 +17,7 @@ from mmtrain.config import CorpusConfig
 from mmtrain.config.randomness import random_stream
 from mmtrain.documents.captions import (
     NUM_PHRASINGS,
+    NUM_PLACE_CHOICES,
     NUM_RELATION_PHRASES,
     NUM_SIZE_CHOICES,
     parse_caption,
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 MAX_OBJECTS = 3
+CHOICES = (NUM_PHRASINGS, NUM_RELATION_PHRASES, NUM_SIZE_CHOICES, NUM_PLACE_CHOICES)
 # Never in the train split, to measure whether color and shape combine: one color of each shape, 6 of 48.
 HELD_OUT = frozenset(zip(("pink", "cyan", "purple", "orange", "yellow", "green"), SHAPES, strict=True))
 
@@ -159,7 +161,7 @@ def make_document(seed: int, split: str, index: int, image_size: int = 64) -> Do
     """Caption, then picture. meta: scene (Scene.to_json), questions ([question, answer]), held_out."""
     rng = random_stream("shapes", seed, split, index)
     scene = _sample_scene(rng, split != "train")
-    words = (int(rng.integers(limit)) for limit in (NUM_PHRASINGS, NUM_RELATION_PHRASES, NUM_SIZE_CHOICES))
+    words = (int(rng.integers(limit)) for limit in CHOICES)
     data = encode_png(draw_scene(scene, image_size))
     image = Image(data, image_size, image_size, hashlib.sha256(data).hexdigest(), "png")
     meta = {

@@ -5,13 +5,20 @@ import json
 import re
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.config import CorpusConfig
 from mmtrain.documents import decode_square, read_corpus
-from mmtrain.documents.captions import NUM_PHRASINGS, NUM_RELATION_PHRASES, NUM_SIZE_CHOICES
-from mmtrain.documents.scene import BACKGROUNDS, COLORS, INVERSE, SHAPES, Scene, relation_between
+from mmtrain.documents.captions import (
+    NUM_PHRASINGS,
+    NUM_PLACE_CHOICES,
+    NUM_RELATION_PHRASES,
+    NUM_SIZE_CHOICES,
+    place,
+)
+from mmtrain.documents.scene import BACKGROUNDS, COLORS, INVERSE, SHAPES, Scene, Thing, relation_between
 from mmtrain.documents.shapes import HELD_OUT, make_document, make_scene, parse_caption, questions, write_caption
 
 splits = st.sampled_from(["train", "validation"])
@@ -42,11 +49,12 @@ def test_seed_split_and_index_each_change_the_scene():
     st.integers(0, NUM_PHRASINGS - 1),
     st.integers(0, NUM_RELATION_PHRASES - 1),
     st.integers(0, NUM_SIZE_CHOICES - 1),
+    st.integers(0, NUM_PLACE_CHOICES - 1),
 )
 @settings(max_examples=300, deadline=None)
-def test_parse_caption_inverts_every_caption(split, index, phrasing, relation_phrase, size_choice):
+def test_parse_caption_inverts_every_caption(split, index, phrasing, relation_phrase, size_choice, place_choice):
     scene = make_scene(0, split, index)
-    parsed = parse_caption(write_caption(scene, phrasing, relation_phrase, size_choice))
+    parsed = parse_caption(write_caption(scene, phrasing, relation_phrase, size_choice, place_choice))
     sizes = [thing.size if size_choice == NUM_SIZE_CHOICES - 1 else None for thing in scene.objects]
     assert (parsed.background, parsed.count) == (scene.background, len(scene.objects))
     assert [(t.color, t.shape, t.size) for t in parsed.objects] == [
@@ -98,3 +106,18 @@ def test_corpus_gives_the_configured_number_of_square_pictures():
         assert re.fullmatch(r"[A-Za-z0-9_-]+", document.id)
         assert isinstance(document.segments[0], str)
         assert decode_square(document.images[0].data, 48).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (0.25, 0.25, "at the top left"),
+        (0.5, 0.75, "at the bottom"),
+        (0.625, 0.5, "at the right"),
+        (0.5, 0.5, "in the center"),
+    ],
+)
+def test_places_are_named_as_they_are_seen(x, y, words):
+    thing = Thing("red", "star", "small", x, y)
+    assert place(thing) == words
+    assert write_caption(Scene("gray", (thing,), (), 1), 1, place_choice=1) == f"one shape on gray: a red star {words}"
