@@ -92,7 +92,7 @@ Example: a model and a name of your own
   mmtrain train name=wide corpus=shapes model=small model.width=384 optim.lr=5e-4 train.steps=3000
 
 Example: four processes with ZeRO 3; two hosts
-  mmtrain train experiment=shapes_cpu engine=zero3 engine.ranks=4
+  mmtrain train experiment=quickstart engine=zero3 engine.ranks=4
   mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=launch/hostfile.example
 """,
     "generate": """\

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mmtrain.config import Config, ModelConfig
 from mmtrain.generate import SamplingSettings, sample_tokens
-from mmtrain.models import Cm3leon, build_model
+from mmtrain.models import Decoder, build_model
 from mmtrain.train.checkpoint import load_model, load_tensors, read_checkpoint, save_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import Engine, build_engine
@@ -43,7 +43,7 @@ def configure(kind: str = "ddp", stage: int = 0, dtype: str = "fp32") -> Config:
     return config
 
 
-def new_model(config: Config) -> Cm3leon:
+def new_model(config: Config) -> Decoder:
     model = build_model(config.model, VOCABULARY, LENGTH)
     model.initialize(0)
     return model

@@ -171,15 +171,15 @@ def test_another_vocabulary_is_refused(tmp_path: Path, config: Config) -> None:
 
 
 def without_one(parameters: dict[str, torch.Tensor]) -> None:
-    del parameters["blocks.0.ffn_in.weight"]
+    del parameters["blocks.0.ffn.wide.weight"]
 
 
 def with_one_more(parameters: dict[str, torch.Tensor]) -> None:
-    parameters["blocks.1.ffn_in.weight"] = torch.zeros(2)
+    parameters["blocks.1.ffn.wide.weight"] = torch.zeros(2)
 
 
 def of_another_shape(parameters: dict[str, torch.Tensor]) -> None:
-    parameters["blocks.0.ffn_in.weight"] = torch.zeros(2, 2)
+    parameters["blocks.0.ffn.wide.weight"] = torch.zeros(2, 2)
 
 
 @pytest.mark.parametrize("change", [without_one, with_one_more, of_another_shape])
@@ -187,7 +187,7 @@ def test_tensors_of_another_model_are_refused(change, tmp_path: Path, config: Co
     parameters, moments = tensors(config)
     change(parameters)
     save_checkpoint(tmp_path, parameters, moments, {"step": 1, "vocabulary": FINGERPRINT}, 1)
-    with pytest.raises(UserError, match=r"another model: blocks\.[01]\.ffn_in\.weight"):
+    with pytest.raises(UserError, match=r"another model: blocks\.[01]\.ffn\.wide\.weight"):
         load_model(read_checkpoint(tmp_path / "step-00000001"), config, VOCABULARY, FINGERPRINT)
 
 
