@@ -4,6 +4,8 @@ A family is a subclass of `Decoder` that says what its blocks and final norm are
 B batch, S sequence, T positions so far, D width, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +51,7 @@ class CellEmbedding(nn.Module):
         return x_BSD * (cell_BS >= 0)[..., None]
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Decoder with its head; `forward` is the training step, `logits` and `decode` serve sampling.
 
     max_positions: longest sequence, and the number of learned positions where the family has them.
@@ -68,13 +70,13 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
 
+    @abstractmethod
     def new_norm(self) -> nn.Module:
         """The family's norm over (…, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_block(self) -> Block:
         """One block of the family."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
