@@ -49,7 +49,7 @@ def place(thing: Thing) -> str:
 
 
 def _side(center: float) -> int:
-    """-1, 0 or 1: before, in or behind the middle quarter."""
+    """-1, 0 or 1: before, in or behind the middle seventh."""
     return (center > 0.57) - (center < 0.43)
 
 

@@ -18,7 +18,7 @@ from mmtrain.models.loss import Head, LossSums
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    feed_forward: a module whose last product is its `out`.
+    ffn: a module whose last product is its `out`.
     """
 
     def __init__(self, attention_norm: nn.Module, attention: SelfAttention, ffn_norm: nn.Module, ffn: nn.Module):

@@ -57,7 +57,7 @@ def draw_num_masks(config: ObjectiveConfig, rng: np.random.Generator) -> int:
 def draw_spans(
     tokens: np.ndarray, vocabulary: Vocabulary, config: ObjectiveConfig, rng: np.random.Generator, num_masks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose up to `num_masks` disjoint, non-empty spans, at least one where there is anything to mask.
+    """Choose up to `num_masks` disjoint, non-empty spans, at least one where there is anything that may be masked.
 
     `<break>` and `<eos>` are boundaries: no span holds one. With `whole_segment_probability` the spans are whole
     segments, drawn without replacement; else they follow `span_policy`. tokens: as `assemble` returns them.

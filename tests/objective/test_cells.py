@@ -36,3 +36,15 @@ def test_a_mask_moves_cells_with_their_tokens(seed, whole):
     assert (sequence.cell[is_image] == sequence.tokens[is_image] - v.image_start).all()
     assert (sequence.cell[~is_image] == NO_CELL).all()
     assert is_image.sum() == 32
+
+
+@given(st.integers(0, 2**32))
+def test_whole_segments_of_text_leave_pictures_alone(seed):
+    v = VOCABULARY
+    config = ObjectiveConfig(whole_segment_probability=1.0, whole_segments="text", masks="fixed", num_masks=2)
+    tokens, num_retrieved = assemble(np.concatenate([caption(6), [v.brk], PICTURE]), [], v)
+    masked = cm3(tokens, num_retrieved, v, config, np.random.default_rng(seed))
+    source = [v.eos, v.sentinel_start, v.brk, *PICTURE, v.eos]
+    assert masked.tokens.tolist() == [*source, v.sentinel_start, *caption(6), v.eoss]
+    picture_alone, _ = assemble(PICTURE, [], v)
+    assert cm3(picture_alone, 0, v, config, np.random.default_rng(seed)).num_masks == 0
