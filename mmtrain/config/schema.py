@@ -96,6 +96,7 @@ class ObjectiveConfig:
     sentinel_loss_weight: float = knob(1.0, "Loss weight of predicting a sentinel (CM3 paper: 0, public code: 1).", minimum=0.0)
     retrieved_loss_weight: float = knob(1.0, "Loss weight of retrieved documents (RA-CM3: 0.1, CM3leon: 1).", minimum=0.0)
     image_loss_weight: float = knob(1.0, "Loss weight of image tokens (Emu3: 0.5).", minimum=0.0)
+    first_segment_loss_weight: float = knob(1.0, "Loss weight of the first of several segments: nothing precedes it, so it teaches what captions and pictures are like, not how they belong together (CM3leon: 1; PaliGemma's prefix: 0).", minimum=0.0)
 
 
 @dataclass

@@ -20,23 +20,24 @@ PHRASINGS: dict[int, tuple[str, ...]] = {
         "a {background} picture of {a}",
     ),
     2: (
-        "{a} {ab} {b} on a {background} background",
-        "two shapes on {background}: {a} {ab} {b}",
-        "on a {background} background, {a} is {ab} {b}",
-        "{a} with {b} {ba} it on {background}",
+        "{a} and {b} {ba} it on a {background} background",
+        "two shapes on {background}: {a} and {b} {ba} it",
+        "on a {background} background, {a} with {b} {ba} it",
+        "a {background} picture of {a} with {b} {ba} it",
     ),
     3: (
-        "{a} {ab} {b} and {ac} {c} on a {background} background",
-        "three shapes on {background}: {a} {ab} {b} and {ac} {c}",
-        "on a {background} background, {a} is {ab} {b} and {ac} {c}",
-        "{a} with {b} {ba} it and {c} {ca} it on {background}",
+        "{a} and {b} {ba} it and {c} {ca} it on a {background} background",
+        "three shapes on {background}: {a} and {b} {ba} it and {c} {ca} it",
+        "on a {background} background, {a} with {b} {ba} it and {c} {ca} it",
+        "a {background} picture of {a} with {b} {ba} it and {c} {ca} it",
     ),
 }
 NUM_PHRASINGS = 4
 NUM_RELATION_PHRASES = 2
 # Of four ways to say the sizes, one says them: most captions leave them to the picture.
 NUM_SIZE_CHOICES = 4
-# Of two ways to say the places, one says them: what "above" means is learned sooner beside "at the top".
+# Of two ways to say the place of a single object, one says it. Among several each has its place in the caption, before
+# it is related to another: what "above" means is learned sooner beside "at the top".
 NUM_PLACE_CHOICES = 2
 
 
@@ -72,7 +73,7 @@ def write_caption(
     words = {"background": scene.background or ""}
     for name, thing in zip("abc", scene.objects, strict=False):
         words[name] = _with_article(_noun(thing, size_choice == NUM_SIZE_CHOICES - 1))
-        if place_choice == NUM_PLACE_CHOICES - 1:
+        if len(scene.objects) > 1 or place_choice == NUM_PLACE_CHOICES - 1:
             words[name] += " " + place(thing)
     for _, relation, other in scene.relations:
         for key, name in ((f"a{'abc'[other]}", relation), (f"{'abc'[other]}a", INVERSE[relation])):

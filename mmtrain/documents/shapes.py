@@ -47,15 +47,15 @@ CHOICES = (NUM_PHRASINGS, NUM_RELATION_PHRASES, NUM_SIZE_CHOICES, NUM_PLACE_CHOI
 # Never in the train split, to measure whether color and shape combine: one color of each shape, 6 of 48.
 HELD_OUT = frozenset(zip(("pink", "cyan", "purple", "orange", "yellow", "green"), SHAPES, strict=True))
 
-# Fractions of the side of the picture. At 64 pixels: radii 8 (small) and 12 (large), gaps of 3 pixels.
-RADII = {"small": 0.125, "large": 0.1875}
-GAP = 0.047
-# Centers lie on a lattice of so many steps to the side (8 pixels of 64): what varies is what captions tell, so that a
+# Fractions of the side of the picture. At 48 pixels: radii 8 (small) and 12 (large), gaps of 1.7 pixels.
+RADII = {"small": 1 / 6, "large": 1 / 4}
+GAP = 0.035
+# Centers lie on a lattice of so many steps to the side (8 pixels of 48): what varies is what captions tell, so that a
 # small tokenizer can draw every shape.
-LATTICE = 8
-BORDER = 0.025
-# By so much the two axes of a stated relation differ: no scene is on the diagonal.
-RELATION_MARGIN = 0.08
+LATTICE = 6
+# A stated relation is plain: along its axis the centers are at least so many times as far apart as across it.
+RELATION_SLOPE = 2
+TOLERANCE = 1e-9  # of floating point, where a center may lie on a bound
 LAYOUT_TRIES = 64
 SUPERSAMPLING = 8
 
@@ -68,7 +68,7 @@ def is_held_out(thing: Thing) -> bool:
 def _layout(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray | None:
     """Centers (n, 2) as fractions of the side for objects with `radii` (n,), or None when no try fits."""
     num_objects = len(radii)
-    low = np.ceil((radii + BORDER) * LATTICE)[:, None]
+    low = np.ceil(radii * LATTICE - TOLERANCE)[:, None]
     centers_TN2 = rng.integers(low, LATTICE - low + 1, size=(LAYOUT_TRIES, num_objects, 2)) / LATTICE
     fits_T = np.ones(LAYOUT_TRIES, dtype=bool)
     for first in range(num_objects):
@@ -76,7 +76,7 @@ def _layout(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray | None:
             apart_T2 = np.abs(centers_TN2[:, first] - centers_TN2[:, second])
             fits_T &= np.hypot(apart_T2[:, 0], apart_T2[:, 1]) >= radii[first] + radii[second] + GAP
             if first == 0:  # relations are stated to object 0
-                fits_T &= np.abs(apart_T2[:, 0] - apart_T2[:, 1]) >= RELATION_MARGIN
+                fits_T &= apart_T2.max(axis=1) >= RELATION_SLOPE * apart_T2.min(axis=1) - TOLERANCE
     return centers_TN2[int(fits_T.argmax())] if fits_T.any() else None
 
 

@@ -41,7 +41,8 @@ def target_weights(
     """Loss weight of every target, aligned with the token that predicts it.
 
     A target that is a sentinel weighs `sentinel_loss_weight`, an image token `image_loss_weight`, any other 1;
-    inside a retrieved document that is multiplied by `retrieved_loss_weight` (RA-CM3).
+    inside a retrieved document that is multiplied by `retrieved_loss_weight` (RA-CM3), in the first of several
+    segments by `first_segment_loss_weight`.
     tokens, is_retrieved: (n,). Returns (n,) float32 with 0 at the end, where nothing is predicted.
     """
     weight = np.ones(len(tokens), dtype=np.float32)
@@ -52,9 +53,20 @@ def target_weights(
         weight[(tokens >= vocabulary.image_start) & (tokens < vocabulary.image_end)] = config.image_loss_weight
     if config.retrieved_loss_weight != 1.0:
         weight[is_retrieved] *= config.retrieved_loss_weight
+    if config.first_segment_loss_weight != 1.0:
+        weight[_first_of_several(tokens, vocabulary)] *= config.first_segment_loss_weight
     weight[:-1] = weight[1:]
     weight[-1:] = 0.0
     return weight
+
+
+def _first_of_several(tokens: np.ndarray, vocabulary: Vocabulary) -> slice:
+    """Where the first segment with text or image tokens stands, boundary excluded; empty when no other follows."""
+    has_content = (tokens >= vocabulary.text_start) & (tokens < vocabulary.image_end)
+    start = int(has_content.argmax())
+    boundaries = np.flatnonzero((tokens[start:] == vocabulary.brk) | (tokens[start:] == vocabulary.eos))
+    end = start + int(boundaries[0]) if len(boundaries) else len(tokens)
+    return slice(start, end if has_content[end:].any() else start)
 
 
 def mark_retrieved(num_tokens: int, num_retrieved: int) -> np.ndarray:

@@ -72,21 +72,53 @@ def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=torch.cuda.is_available())
 
 
-def optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
+class SharedMuon(torch.optim.Muon):
+    """torch's Muon with its work shared: each rank updates its part of the matrices and sends them to all others.
 
-    Muon's orthogonal updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that
-    one learning rate and one weight decay serve both.
+    The updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that one learning
+    rate and one weight decay serve both. Between two calls of `share_state` only its owner has a matrix's momentum.
     """
-    named, o = dict(model.named_parameters()), config.optim
-    if o.kind == "adamw":
+
+    def __init__(self, matrices: list[nn.Parameter], config: Config, world: World):
+        o = config.optim
+        super().__init__(
+            matrices, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self.world = world
+        self.parts: list[list[nn.Parameter]] = [[] for _ in range(world.size)]
+        for matrix in sorted(matrices, key=nn.Parameter.numel, reverse=True):
+            min(self.parts, key=lambda part: sum(p.numel() for p in part)).append(matrix)
+
+    def step(self, closure: Any = None) -> None:
+        """Update this rank's matrices, then take the others from their owners."""
+        for part in self.parts[: self.world.rank] + self.parts[self.world.rank + 1 :]:
+            for parameter in part:
+                parameter.grad = None  # torch leaves what has no gradient alone
+        super().step(closure)
+        self._share([[p.data for p in part] for part in self.parts])
+
+    def share_state(self) -> None:
+        """Give every rank the momentum of all matrices; all ranks must call."""
+        self._share([[self.state[p][key] for p in part for key in MUON_MOMENTS] for part in self.parts])
+
+    def _share(self, parts: list[list[Tensor]]) -> None:
+        """Copy the tensors of part r from rank r to all ranks, in place."""
+        for owner, tensors in enumerate(parts if self.world.size > 1 else []):
+            if tensors:
+                flat = torch.cat([tensor.flatten() for tensor in tensors])
+                dist.broadcast(flat, owner)
+                for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
+
+def optimizers(model: nn.Module, config: Config, world: World) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
+    named = dict(model.named_parameters())
+    if config.optim.kind == "adamw":
         return [adamw(list(named.values()), config)]
     matrices = {name: p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
-    settings = {"lr": o.lr, "weight_decay": o.weight_decay, "momentum": o.momentum}
-    return [
-        adamw([p for name, p in named.items() if name not in matrices], config),
-        torch.optim.Muon(matrices.values(), **settings, adjust_lr_fn="match_rms_adamw"),
-    ]
+    others = [p for name, p in named.items() if name not in matrices]
+    return [adamw(others, config), SharedMuon(list(matrices.values()), config, world)]
 
 
 def clip_gradients(parameters: TensorDict, clip: float) -> Tensor:
@@ -265,7 +297,7 @@ class DdpEngine:
         self.world, self.accumulation, self.clip = world, accumulation, config.optim.clip
         self.autocast = config.engine.dtype == "bf16"
         self.model = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-        self.optimizers = optimizers(model, config)
+        self.optimizers = optimizers(model, config, world)
         self.parameters = dict(model.named_parameters())
         self.micro_step = 0
 
@@ -292,12 +324,16 @@ class DdpEngine:
         return norm
 
     def state(self) -> tuple[TensorDict, TensorDict]:
+        states = self._states()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, SharedMuon):
+                optimizer.share_state()
         if self.world.rank != 0:
             return {}, {}
         parameters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         moments = {
             f"{key}.{name}": moment.cpu().clone()
-            for name, state in self._states().items()
+            for name, state in states.items()
             for key, moment in state.items()
             if key != "step"
         }

@@ -81,7 +81,10 @@ def test_scene_is_unambiguous(split, index):
     for first, second in itertools.combinations(scene.objects, 2):
         assert np.hypot(first.x - second.x, first.y - second.y) > 0.25  # two small radii
     for subject, relation, other in scene.relations:
-        assert relation_between(scene.objects[subject], scene.objects[other]) == relation
+        first, second = scene.objects[subject], scene.objects[other]
+        assert relation_between(first, second) == relation
+        along, across = sorted((abs(first.x - second.x), abs(first.y - second.y)), reverse=True)
+        assert along > 1.99 * across  # plainly so, not on a diagonal
     asked = [question for question, _ in questions(scene)]
     assert len(asked) == len(set(asked))
 

@@ -88,7 +88,7 @@ def test_changed_background_is_caught(background):
 
 
 def test_touching_objects_of_two_colors_are_two():
-    touching = (Thing("red", "square", "large", 0.35, 0.5), Thing("blue", "square", "large", 0.66, 0.5))
+    touching = (Thing("red", "square", "small", 0.35, 0.5), Thing("blue", "square", "small", 0.63, 0.5))
     facts = grade(draw_scene(replace(TRUTH, objects=touching), 64))
     assert {(thing.color, thing.shape) for thing in facts.objects} == {("red", "square"), ("blue", "square")}
 

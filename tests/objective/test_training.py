@@ -40,6 +40,29 @@ def test_causal_is_the_assembled_sequence():
     assert sequence.retrieved == 2
 
 
+@pytest.mark.parametrize(
+    ("query", "retrieved", "weights"),
+    [
+        (ids(TEXT, TEXT, BREAK, IMAGE), [], [0.1, 0.1, 1, 1, 1, 0]),
+        (ids(TEXT, TEXT), [], [1, 1, 1, 0]),  # alone: nothing else would be learned from it
+        (ids(TEXT, BREAK, IMAGE), [ids(TEXT, TEXT)], [0.1, 0.1, 1, 1, 1, 1, 1, 0]),
+    ],
+)
+def test_the_first_of_several_segments_weighs_what_is_configured(query, retrieved, weights):
+    config = ObjectiveConfig(kind="causal", first_segment_loss_weight=0.1)
+    sequence = training_sequence(query, retrieved, V, config, random_stream(0))
+    assert sequence.loss_weight.tolist() == pytest.approx(weights)
+
+
+def test_the_picture_comes_first_where_its_caption_is_masked():
+    config = ObjectiveConfig(
+        masks="fixed", num_masks=1, whole_segment_probability=1.0, whole_segments="text", first_segment_loss_weight=0.1
+    )
+    sequence = training_sequence(ids(TEXT, TEXT, BREAK, IMAGE, IMAGE), [], V, config, random_stream(0))
+    weighs_less = sequence.tokens[1:][sequence.loss_weight[:-1] < 1]
+    assert weighs_less.tolist() == [IMAGE, IMAGE] and sequence.num_masks == 1
+
+
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3), st.integers(25, 80), st.integers(0, 50))
 @settings(deadline=None)
 def test_a_sequence_fits_and_gives_up_neighbours_before_its_own_segments(text, image, retrieved, limit, seed):
