@@ -19,12 +19,14 @@ CAPTION_FACTS = ("background", "colors", "count", "relations")
 class ShapesResult:
     """Shares of pictures and captions that are right, by fact; `ceiling`: the same for reconstructed true pictures.
 
-    pictures_held_out: pictures whose caption has a color-shape combination that training never showed.
+    pictures_seen, pictures_unseen: those whose captions have only color-shape combinations of the training split, and
+    those with one at least that training never showed.
     captions["all"]: captions with background, colors, count and relations all right.
     """
 
     pictures: dict[str, Proportion]
-    pictures_held_out: dict[str, Proportion]
+    pictures_seen: dict[str, Proportion]
+    pictures_unseen: dict[str, Proportion]
     ceiling: dict[str, Proportion]
     captions: dict[str, Proportion]
     drawn: list[tuple[Document, np.ndarray]] = field(default_factory=list)
@@ -58,7 +60,8 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     graded = [(document, _facts(grade(pixels), document)) for document, pixels in drawn]
     return ShapesResult(
         pictures=_shares([fact for _, fact in graded]),
-        pictures_held_out=_shares([fact for document, fact in graded if document.meta.get("held_out")]),
+        pictures_seen=_shares([fact for document, fact in graded if not document.meta["held_out"]]),
+        pictures_unseen=_shares([fact for document, fact in graded if document.meta["held_out"]]),
         ceiling=_shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
         captions=_shares(facts),
         drawn=drawn,

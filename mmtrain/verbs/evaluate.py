@@ -39,7 +39,8 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         result = evaluate_shapes(run.sampler, documents, task, run.config.seed)
     tables = {
         "pictures": result.pictures,
-        "pictures with unseen combinations": result.pictures_held_out,
+        "pictures with seen combinations": result.pictures_seen,
+        "pictures with unseen combinations": result.pictures_unseen,
         "ceiling: true pictures through the tokenizer": result.ceiling,
         "captions": result.captions,
     }
@@ -49,9 +50,8 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
             console.print(_table(title, shares))
     folder = run.folder / "samples" / f"evaluation-step{run.checkpoint.step}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, pairs in (("drawn", result.drawn),):
-        for index, (_, pixels) in enumerate(pairs):
-            (folder / f"{name}-{index:04d}.png").write_bytes(encode_png(pixels))
+    for index, (_, pixels) in enumerate(result.drawn):
+        (folder / f"drawn-{index:04d}.png").write_bytes(encode_png(pixels))
     shown = result.drawn[:GRID]
     picture_grid([[pixels] for _, pixels in shown], [document.texts[0] for document, _ in shown]).save(
         folder / "grid.png"

@@ -143,6 +143,9 @@ def test_evaluate_shapes_grades_every_picture_and_caption(here: Smoke) -> None:
     results = json.loads((here.run / "evaluation-shapes.json").read_text())
     pictures = results["results"]["pictures"]
     assert pictures["background"]["total"] == 4
+    apart = [results["results"][f"pictures with {kind} combinations"].get("count") for kind in ("seen", "unseen")]
+    assert sum(count["right"] for count in apart if count) == pictures["count"]["right"]
+    assert sum(count["total"] for count in apart if count) == 4
     assert all(p["low"] <= p["share"] <= p["high"] for shares in results["results"].values() for p in shares.values())
     assert len(results["captions"]) == 4
 
