@@ -23,14 +23,14 @@ class CorpusConfig:
     """Where documents come from."""
 
     name: str = knob("shapes", "Name of the corpus; its folder under data_dir.")
-    kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs"))
-    path: str | None = knob(None, "pairs: folder of images with .txt beside them, or a captions .jsonl or .csv file. stamps: an already extracted folder.")
+    kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs", "img2dataset"))
+    path: str | None = knob(None, "pairs: folder of images with .txt beside them, or a captions .jsonl or .csv file. img2dataset: folder of tars, or one tar. stamps: an already extracted folder.")
     image_size: int = knob(64, "Side of the square pictures, in pixels.", minimum=8)
     languages: list[str] = knob(["en"], "stamps: caption languages; each gives one document per picture.")
     num_documents: int = knob(20000, "shapes: training documents.", minimum=1)
     num_validation: int = knob(500, "shapes: held-out documents.", minimum=1)
-    validation_fraction: float = knob(0.06, "stamps, pairs: share of pictures held out, by hash of the picture.", minimum=0.0, maximum=0.9)
-    max_documents: int = knob(0, "stamps, pairs: stop after so many documents (0: all).", minimum=0)
+    validation_fraction: float = knob(0.06, "stamps, pairs, img2dataset: share of pictures held out, by hash of the picture.", minimum=0.0, maximum=0.9)
+    max_documents: int = knob(0, "stamps, pairs, img2dataset: stop after so many documents (0: all).", minimum=0)
     max_pixels: int = knob(50_000_000, "A picture with more pixels is skipped and counted.", minimum=1)
     max_bad_fraction: float = knob(0.2, "Stop when a larger share of the pictures is unreadable.", minimum=0.0, maximum=1.0)
     seed: int = knob(0, "shapes: seed of the scenes.")

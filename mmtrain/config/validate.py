@@ -67,6 +67,8 @@ def _name_conflicts(config: Config) -> Iterator[str]:
             "corpus.path is empty, and corpus=pairs needs it; set corpus.path=FOLDER (pictures with .txt beside them) "
             "or corpus.path=captions.jsonl or corpus.path=captions.csv"
         )
+    if config.corpus.kind == "img2dataset" and not config.corpus.path:
+        yield "corpus.path is empty, and corpus=img2dataset needs it; set corpus.path to a folder of tars or to one tar"
 
 
 def _picture_conflicts(config: Config) -> Iterator[str]:

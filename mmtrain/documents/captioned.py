@@ -13,6 +13,9 @@ from mmtrain.documents.held_out import held_out_pictures
 from mmtrain.documents.images import BadImage
 from mmtrain.documents.reading import Reading, printable
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# A longer text beside a picture is no caption.
+LARGEST_CAPTION_BYTES = 100_000
 # No honest picture needs more: 16 bits in 4 channels, uncompressed, and a megabyte of metadata.
 LARGEST_BYTES_PER_PIXEL = 8
 LARGEST_METADATA_BYTES = 2**20
@@ -44,12 +47,17 @@ def id_of_path(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def largest_picture_bytes(max_pixels: int) -> int:
+    """Bytes of the largest file that is opened as a picture."""
+    return LARGEST_BYTES_PER_PIXEL * max_pixels + LARGEST_METADATA_BYTES
+
+
 def _read_bytes(path: Path, max_pixels: int) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be read forever
             raise BadImage("unreadable file", "not a regular file")
         num_bytes = path.stat().st_size
-        if num_bytes > LARGEST_BYTES_PER_PIXEL * max_pixels + LARGEST_METADATA_BYTES:
+        if num_bytes > largest_picture_bytes(max_pixels):
             raise BadImage("too many pixels", f"a file of {num_bytes} bytes")
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -118,10 +126,11 @@ def captioned_documents(
             facts = {"path": printable(picture.name), **caption.meta, **meta}
             yield Document(caption.document_id, source, (caption.text, image), facts)
     if split == "train":
-        _judge(reading, num_bad, num_seen, num_documents, source, config)
+        judge(reading, num_bad, num_seen, num_documents, source, config)
 
 
-def _judge(reading: Reading, num_bad: int, num_seen: int, num_good: int, source: str, config: CorpusConfig) -> None:
+def judge(reading: Reading, num_bad: int, num_seen: int, num_good: int, source: str, config: CorpusConfig) -> None:
+    """Raise UserError when nothing is good, or more than config.max_bad_fraction of what was seen is bad."""
     where = f"corpus {source} ({config.path})" if config.path else f"corpus {source}"
     if num_good == 0:
         raise UserError(f"{where} has no usable captioned picture: {reading.summary() or 'nothing was found'}.")
@@ -136,3 +145,11 @@ def _judge(reading: Reading, num_bad: int, num_seen: int, num_good: int, source:
 def relative_name(path: Path, root: Path) -> str:
     """`path` below `root` with slashes on every system."""
     return Path(os.path.relpath(path, root)).as_posix()
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether `path`, links followed, is below `root` (resolved): a folder from a stranger may link anywhere."""
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
+        return False

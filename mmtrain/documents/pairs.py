@@ -13,29 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import CorpusConfig, UserError
-from mmtrain.documents.captioned import Caption, CaptionedPicture, captioned_documents, id_of_path, relative_name
+from mmtrain.documents.captioned import (
+    LARGEST_CAPTION_BYTES,
+    PICTURE_SUFFIXES,
+    Caption,
+    CaptionedPicture,
+    captioned_documents,
+    id_of_path,
+    is_inside,
+    relative_name,
+)
 from mmtrain.documents.document import Document, Image
 from mmtrain.documents.images import image_from_bytes
 from mmtrain.documents.reading import Reading
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TABLES_IN_FOLDER = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
-# A longer text file beside a picture is no caption.
-LARGEST_CAPTION_BYTES = 100_000
 HOW = "set corpus.path to a folder of pictures with NAME.txt beside each NAME.png, or to a captions .jsonl or .csv"
 
 # Relative name and caption of every good entry; bad ones are counted on the reading.
 Entries = list[tuple[str, str]]
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    """Whether `path`, links followed, is below `root` (resolved): a folder from a stranger may link anywhere."""
-    try:
-        return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
-        return False
 
 
 def _read_caption_file(path: Path) -> tuple[str, str]:
@@ -63,7 +61,7 @@ def _from_folder(root: Path, reading: Reading) -> Entries:
             name, caption_path = relative_name(path, root), path.with_suffix(".txt")
             if not caption_path.is_file():
                 reading.skip("no .txt beside it", name)
-            elif not (_is_inside(path, resolved) and _is_inside(caption_path, resolved)):
+            elif not (is_inside(path, resolved) and is_inside(caption_path, resolved)):
                 reading.skip("path leaves the folder", name)
             else:
                 caption, reason = _read_caption_file(caption_path)
@@ -111,7 +109,7 @@ def _from_table(table: Path, reading: Reading) -> Entries:
             text = next((row[key] for key in CAPTION_COLUMNS if row.get(key) is not None), None)
             if not isinstance(name, str) or not isinstance(text, str):
                 reading.skip("row without picture or caption", where)
-            elif not _is_inside(table.parent / name, root):
+            elif not is_inside(table.parent / name, root):
                 reading.skip("path leaves the folder", where)
             elif Path(name).suffix.lower() not in PICTURE_SUFFIXES:
                 reading.skip("not a PNG, JPEG or WebP picture", name)

@@ -28,9 +28,9 @@ class Reading:
         self.examples.clear()
         return self._produce(self)
 
-    def skip(self, reason: str, name: str) -> None:
-        """Count one thing left out; `name` says which (a path relative to the corpus)."""
-        self.skipped[reason] += 1
+    def skip(self, reason: str, name: str, count: int = 1) -> None:
+        """Count something left out; `name` says which (a path relative to the corpus)."""
+        self.skipped[reason] += count
         self.examples.setdefault(reason, printable(name))
 
     def summary(self) -> str:

@@ -9,6 +9,7 @@ CORPORA: dict[str, str] = {
     "shapes": "procedural scenes of 1-3 colored shapes with captions, questions and exact ground truth; no download",
     "stamps": "about 1,000 captioned pictures of Debian's tuxpaint-stamps-default, in up to 60 languages; needs apt",
     "pairs": "your own folder of pictures with captions in .txt files, a .jsonl or a .csv",
+    "img2dataset": "the tars that img2dataset writes, read from front to back; nothing is unpacked",
 }
 SPLITS = ("train", "validation")
 
@@ -33,4 +34,8 @@ def read_corpus(config: CorpusConfig, split: str, cache: Path) -> Reading:
         from mmtrain.documents.pairs import read_pairs
 
         return read_pairs(config, split)
+    if config.kind == "img2dataset":
+        from mmtrain.documents.img2dataset import read_img2dataset
+
+        return read_img2dataset(config, split)
     raise UserError(f"corpus.kind={config.kind} is unknown; choose one of {', '.join(CORPORA)}.")

@@ -49,6 +49,9 @@ Prints documents, tokens by kind, bytes and what was skipped, and why.
 Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
   mmtrain data corpus=pairs corpus.name=holiday corpus.path=pictures/holiday corpus.image_size=64
 
+Example: tars that img2dataset wrote
+  mmtrain data corpus=img2dataset corpus.name=web corpus.path=/data/web
+
 Example: procedural shapes, nothing to download
   mmtrain data corpus=shapes corpus.num_documents=5000
 """,

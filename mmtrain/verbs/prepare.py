@@ -197,7 +197,7 @@ def _path_fingerprint(path: str) -> str:
     """Identity of the user's data: names, sizes and times of the files in a folder; of a table, the table's own."""
     root = Path(path)
     if not root.exists():
-        raise UserError(f"corpus.path={path} does not exist; give a folder of pictures or a captions file")
+        raise UserError(f"corpus.path={path} does not exist; give a folder of pictures or tars, or a captions file")
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     return fingerprint(str(root.resolve()), [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 

@@ -70,6 +70,7 @@ def test_a_wrong_type_names_the_key_and_what_it_takes(override: str, answer: str
         (["retrieval.num_documents=9"], "retrieval.num_candidates=8"),
         (["optim.warmup_steps=2000"], "longer than train.steps=1000"),
         (["corpus=pairs"], "corpus.path is empty"),
+        (["corpus=img2dataset"], "corpus=img2dataset needs it"),
         (["name=../elsewhere"], "cannot name a folder"),
         (["corpus.name="], "cannot name a folder"),
         (["model.max_positions=100"], "shorter than stream.sequence_length"),

@@ -74,7 +74,8 @@ def test_a_missing_folder_is_a_sentence(tmp_path: Path, monkeypatch, capsys) -> 
     monkeypatch.chdir(tmp_path)
     assert data(tmp_path / "nowhere") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"mmtrain: corpus.path={tmp_path / 'nowhere'} does not exist; give a folder of pictures or a captions file"
+        f"mmtrain: corpus.path={tmp_path / 'nowhere'} does not exist; "
+        "give a folder of pictures or tars, or a captions file"
     ]
 
 
