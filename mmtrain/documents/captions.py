@@ -11,7 +11,7 @@ RELATION_PHRASES: dict[str, tuple[str, ...]] = {
     "above": ("above",),
     "below": ("below", "under"),
 }
-# {a}, {b}, {c}: the objects with their article. {ab}: how a lies to b; {ba}: the inverse.
+# {a}, {b}, {c}: the objects with their article and place. {ba}, {ca}: how b and c lie to a.
 PHRASINGS: dict[int, tuple[str, ...]] = {
     1: (
         "{a} on a {background} background",
@@ -76,9 +76,8 @@ def write_caption(
         if len(scene.objects) > 1 or place_choice == NUM_PLACE_CHOICES - 1:
             words[name] += " " + place(thing)
     for _, relation, other in scene.relations:
-        for key, name in ((f"a{'abc'[other]}", relation), (f"{'abc'[other]}a", INVERSE[relation])):
-            phrases = RELATION_PHRASES[name]
-            words[key] = phrases[relation_phrase % len(phrases)]
+        phrases = RELATION_PHRASES[INVERSE[relation]]
+        words[f"{'abc'[other]}a"] = phrases[relation_phrase % len(phrases)]
     return PHRASINGS[len(scene.objects)][phrasing].format(**words)
 
 

@@ -76,7 +76,7 @@ class SharedMuon(torch.optim.Muon):
     """torch's Muon with its work shared: each rank updates its part of the matrices and sends them to all others.
 
     The updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that one learning
-    rate and one weight decay serve both. Between two calls of `share_state` only its owner has a matrix's momentum.
+    rate and one weight decay serve both. Only its owner keeps a matrix's momentum; `share_state` copies it to all.
     """
 
     def __init__(self, matrices: list[nn.Parameter], config: Config, world: World):

@@ -34,7 +34,7 @@ from mmtrain.verbs.progress import Bar
 T = TypeVar("T")
 SPLITS = ("train", "validation")
 ENCODE_BATCH = 256
-FORMAT = 1  # raise when the same config gives other bytes
+FORMAT = 2  # raise when the same config gives other bytes
 
 
 def prepare(config: Config) -> Artifacts:
