@@ -23,7 +23,7 @@ from mmtrain.config.artifact import write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.listing import groups, search_path
 from mmtrain.config.override import Override, expectation, quoted, read_override
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, CorpusConfig
 from mmtrain.config.suggest import did_you_mean, known_keys, nearest, suggestion
 from mmtrain.config.validate import validate
 
@@ -36,7 +36,7 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     Later wins: schema, groups, experiment, overrides. `config_dir` (or --config-dir) adds a folder of the
     user's own options, laid out like conf/. Raises UserError for what does not exist or cannot work.
     """
-    return validate(_resolved(_compose(overrides, config_dir)))
+    return validate(_resolved(_compose(overrides, config_dir), config_dir))
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> Config:
@@ -72,15 +72,34 @@ def with_overrides(config: Config, overrides: list[str], config_dir: Path | None
             config = replace(config, **{override.key: section})
         else:
             config = _with_value(node, config, override)
-    return validate(_resolved(config))
+    return validate(_resolved(config, config_dir))
 
 
-def _resolved(config: Config) -> Config:
-    """`config` with model.picture_grid=-1 replaced by the grid of its pictures."""
+def _resolved(config: Config, config_dir: Path | None = None) -> Config:
+    """`config` with the corpora that it mixes, and model.picture_grid=-1 replaced by the grid of its pictures."""
+    if config.mix:
+        corpora = {name: _corpus(config, name, config_dir) for name in config.mix}
+        config = replace(config, corpora=corpora)
     if config.model.picture_grid >= 0:
         return config
     grid = config.corpus.image_size // config.image_tokenizer.downsample
     return replace(config, model=replace(config.model, picture_grid=grid))
+
+
+def _corpus(config: Config, name: str, config_dir: Path | None) -> CorpusConfig:
+    """The corpus that a mix names: the run's own, one of `corpora`, or an option; pictures are of the run's size."""
+    if name == config.corpus.name:
+        return config.corpus
+    found = config.corpora.get(name)
+    if found is None:
+        options = groups(config_dir)["corpus"]
+        if name not in options:
+            known = dict.fromkeys([config.corpus.name, *config.corpora, *options])
+            close = nearest(name, known)
+            hint = did_you_mean(close) if close else f"there is {', '.join(known)}"
+            raise UserError(f"mix names the corpus {name}, which does not exist; {hint}")
+        found = _compose([f"corpus={name}"], config_dir).corpus
+    return replace(found, name=name, image_size=config.corpus.image_size)
 
 
 def _with_value(schema: DictConfig, config: Config, override: Override) -> Config:

@@ -54,7 +54,8 @@ def read_override(text: str, groups: Mapping[str, Mapping[str, Path]]) -> Overri
         _check_option(key, value, groups[key])
     else:
         _check_type(key, value, raw_value)
-    return Override(key, value, is_choice, f"{key}={raw_value}")
+    adds = "++" if _declared_type(key).startswith("dict[") else ""  # its keys are not in the schema
+    return Override(key, value, is_choice, f"{adds}{key}={raw_value}")
 
 
 def _unknown_key(key: str, raw_value: str, groups: Mapping[str, Mapping[str, Path]]) -> str:
@@ -141,5 +142,7 @@ def expectation(key: str) -> str:
     meaning = f" ({_field(key).metadata['help'].rstrip('.')})" if key in known_keys() else ""
     if declared.startswith("list["):
         return f"a list such as {'[8,5,5,5]' if 'int' in declared else '[one,two]'}{meaning}"
+    if declared.startswith("dict["):
+        return f"names with values, such as {{stamps:1,gimp_help:3}}{meaning}"
     base = declared.removesuffix(" | None")
     return TYPE_NAMES.get(base, base) + (" or null" if base != declared else "") + meaning

@@ -39,7 +39,8 @@ def _section(title: str, prefix: str, text: str, items: Any) -> str:
 def _type(item: Field) -> str:
     kind: Any = item.type
     plain = type(kind) is type
-    return (kind.__name__ if plain else str(kind)).replace(" | None", " or null")
+    name = kind.__name__ if plain else str(kind)
+    return "dict" if name.startswith("dict[") else name.replace(" | None", " or null")
 
 
 def _default(item: Field) -> str:
@@ -53,7 +54,7 @@ def _default(item: Field) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"`[{','.join(str(entry) for entry in value)}]`"
-    return f"`{value}`" if value != "" else "empty"
+    return f"`{value}`" if value else "empty" if value in ("", {}) else f"`{value}`"
 
 
 def _allowed(item: Field) -> str:

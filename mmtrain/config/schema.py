@@ -23,16 +23,19 @@ class CorpusConfig:
     """Where documents come from."""
 
     name: str = knob("shapes", "Name of the corpus; its folder under data_dir.")
-    kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs", "img2dataset"))
+    kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs", "img2dataset", "mmc4", "parquet", "webdataset", "html"))
     path: str | None = knob(None, "pairs: folder of images with .txt beside them, or a captions .jsonl or .csv file. img2dataset: folder of tars, or one tar. stamps: an already extracted folder.")
+    image_folder: str | None = knob(None, "mmc4, parquet: folder of downloaded pictures, each named by the SHA-256 of its URL (hexadecimal) or, mmc4, by its image_name.")
+    debian_package: str | None = knob(None, "html: Debian package to fetch with apt-get instead of corpus.path.")
     image_size: int = knob(64, "Side of the square pictures, in pixels.", minimum=8)
     languages: list[str] = knob(["en"], "stamps: caption languages; each gives one document per picture.")
     num_documents: int = knob(20000, "shapes: training documents.", minimum=1)
     num_validation: int = knob(500, "shapes: held-out documents.", minimum=1)
-    validation_fraction: float = knob(0.06, "stamps, pairs, img2dataset: share of pictures held out, by hash of the picture.", minimum=0.0, maximum=0.9)
-    max_documents: int = knob(0, "stamps, pairs, img2dataset: stop after so many documents (0: all).", minimum=0)
+    validation_fraction: float = knob(0.06, "Share of the documents held out, by the hash of their near-duplicate cluster (shapes: num_validation).", minimum=0.0, maximum=0.9)
+    max_documents: int = knob(0, "Stop after so many documents (0: all; shapes: num_documents).", minimum=0)
     max_pixels: int = knob(50_000_000, "A picture with more pixels is skipped and counted.", minimum=1)
-    max_bad_fraction: float = knob(0.2, "Stop when a larger share of the pictures is unreadable.", minimum=0.0, maximum=1.0)
+    on_bad: str = knob("drop_image", "What a bad picture does: drop_image = an interleaved document goes on without it (a captioned picture cannot), skip = its document is left out, fail = stop at once.", choices=("drop_image", "skip", "fail"))
+    max_bad_fraction: float = knob(0.2, "Stop when a larger share of what was read is damaged.", minimum=0.0, maximum=1.0)
     seed: int = knob(0, "shapes: seed of the scenes.")
 
 
@@ -242,6 +245,8 @@ class Config:
     data_dir: str = knob("data", "Folder of corpora, tokenizers, shards and neighbours.")
     run: str | None = knob(None, "generate, evaluate, report: the run directory to use (default: the last one trained).")
     notes: str = knob("", "Free text, kept with the run.")
+    mix: dict[str, Any] = knob({}, "Corpora of the run and their shares of the tokens, such as {stamps:1,gimp_help:3}: options of the group corpus, or names under corpora. A share may change with the step: {stamps:1,gimp_help:{0:3,5000:1}}, linear in between. Empty: corpus alone.")
+    corpora: dict[str, CorpusConfig] = knob({}, "Corpora that mix names, resolved; set in files only.")
     corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
@@ -255,3 +260,8 @@ class Config:
     track: TrackConfig = knob(TrackConfig, "Tracking.")
     generate: GenerateConfig = knob(GenerateConfig, "Generation.")
     task: TaskConfig = knob(TaskConfig, "Evaluation task.")
+
+    @property
+    def sources(self) -> dict[str, CorpusConfig]:
+        """The corpora of the run by name, in the order of `mix`; `corpus` alone without a mix."""
+        return {name: self.corpora[name] for name in self.mix} if self.mix else {self.corpus.name: self.corpus}

@@ -67,6 +67,15 @@ def _name_conflicts(config: Config) -> Iterator[str]:
             "corpus.path is empty, and corpus=pairs needs it; set corpus.path=FOLDER (pictures with .txt beside them) "
             "or corpus.path=captions.jsonl or corpus.path=captions.csv"
         )
+    for name, share in config.mix.items():
+        shares = share if isinstance(share, dict) else {"0": share}
+        steps_are_numbers = all(str(step).isdigit() for step in shares)
+        shares_are_numbers = all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in shares.values())
+        if not (shares and steps_are_numbers and shares_are_numbers and any(shares.values())):
+            yield (
+                f"mix.{name}={share} is no share of the tokens; give a number above 0, or numbers by step such as "
+                "{0:3,5000:1}"
+            )
     if config.corpus.kind == "img2dataset" and not config.corpus.path:
         yield "corpus.path is empty, and corpus=img2dataset needs it; set corpus.path to a folder of tars or to one tar"
 

@@ -1,0 +1,60 @@
+"""From the parts of a page to a document: what the readers of interleaved corpora share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mmtrain.config import CorpusConfig
+from mmtrain.documents.corpus import Account
+from mmtrain.documents.document import Document, Image
+from mmtrain.documents.images import BadImage, image_from_bytes
+
+MISSING = "missing picture"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture in its place, not looked at yet. data: None where it could not be found."""
+
+    name: str
+    data: bytes | None
+
+
+def interleaved_document(
+    document_id: str,
+    source: str,
+    parts: Iterable[str | Picture],
+    meta: dict[str, Any],
+    config: CorpusConfig,
+    account: Account,
+) -> Document | None:
+    """The document of texts and pictures in reading order, or None when nothing usable is in it.
+
+    Bad pictures are counted in `account`; corpus.on_bad says whether the document goes on without them
+    (drop_image) or is left out (skip). Texts that then follow one another become one, a blank line between them.
+    A document may well be all text or all pictures.
+    """
+    segments: list[str | Image] = []
+    num_bad = 0
+    for part in parts:
+        if isinstance(part, Picture):
+            try:
+                if part.data is None:
+                    raise BadImage(MISSING, part.name)
+                segments.append(image_from_bytes(part.data, config.max_pixels))
+            except BadImage as error:
+                account.spoil(error.reason, part.name)
+                num_bad += 1
+        # A lone surrogate from a JSON escape cannot be stored as UTF-8.
+        elif text := part.encode("utf-8", "replace").decode().strip():
+            if segments and isinstance(segments[-1], str):
+                segments[-1] += "\n\n" + text
+            else:
+                segments.append(text)
+    if num_bad and config.on_bad == "skip":
+        account.skip("document with a bad picture", document_id)
+        return None
+    if not segments:
+        account.skip("empty document", document_id)
+        return None
+    return Document(document_id, source, tuple(segments), meta)
