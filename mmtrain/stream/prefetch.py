@@ -127,7 +127,9 @@ class _Process:
     """Rows made in a process of their own, one step ahead of the one that is asked for."""
 
     def __init__(self, stream: Stream, steps: Sequence[int], rank: int, world: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy a process that has threads and CUDA
+        # A fork of this process would copy its threads and CUDA; the server forks one that has only read the imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._batches, batches = context.Pipe(duplex=False)
         self._states, states = context.Pipe()
         self._process = context.Process(target=_work, args=(stream, steps, rank, world, batches, states), daemon=True)
