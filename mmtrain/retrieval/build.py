@@ -32,8 +32,9 @@ def build_neighbours(
     """Write neighbours.npy, scores.npy, vectors.npy, means.npy and neighbours.json into `out`.
 
     train: the memory. queries: documents that look for neighbours, the memory itself or others. A neighbour is never
-    the document itself, shares no picture with it, has a cosine of at most `max_score` to it, and both hold
-    among the neighbours of one document too. `query_dropout` of a query's words are left out of its search.
+    the document itself nor of its near-duplicate cluster (meta["cluster"]), shares no picture with it, has a cosine of
+    at most `max_score` to it, and both hold among the neighbours of one document too. `query_dropout` of a query's
+    words are left out of its search.
     encoded: an artifact of the same memory, whose vectors are used instead of encoding the memory again.
 
     neighbours.npy: (n, num_candidates) int64, nearest first, -1 where there is none. scores.npy: the same shape,
@@ -79,14 +80,17 @@ class _Facts:
     """What the search has to know of documents beside their vectors, aligned with them."""
 
     ids: list[str]
+    clusters: list[object]
+    """Near-duplicate clusters; the id of a document that has none."""
     pictures: list[frozenset[str]]
     texts: list[str]
 
     @classmethod
     def of(cls, shards: DocumentShards) -> "_Facts":
-        facts = cls([], [], [])
+        facts = cls([], [], [], [])
         for document in shards:
             facts.ids.append(document.id)
+            facts.clusters.append(document.meta.get("cluster", document.id))
             facts.pictures.append(frozenset(image.sha256 for image in document.images))
             facts.texts.append(" ".join(document.texts))
         return facts
@@ -155,7 +159,7 @@ class _Finder:
                 numbers = pending[start : start + SEARCH_BATCH]
                 scores, indices = exact_search(self._memory, search[numbers], hits)
                 for i, row_scores, row in zip(numbers.tolist(), scores, indices, strict=True):
-                    chosen, reasons = self._filter(row_scores, row, whole[i], queries.ids[i], queries.pictures[i])
+                    chosen, reasons = self._filter(row_scores, row, whole[i], queries, i)
                     if len(chosen) < wanted and not is_last:
                         incomplete.append(i)
                         continue
@@ -165,13 +169,14 @@ class _Finder:
             factor *= 4
 
     def _filter(
-        self, scores: np.ndarray, row: np.ndarray, whole: np.ndarray, id: str, pictures: frozenset[str]
+        self, scores: np.ndarray, row: np.ndarray, whole: np.ndarray, queries: _Facts, i: int
     ) -> tuple[np.ndarray, Counter[str]]:
-        """Places in `row` (hits, nearest first) that may be neighbours, and why others may not."""
+        """Places in `row` (hits of query i, nearest first) that may be neighbours, and why others may not."""
         limit = self._config.max_score
         reasons: Counter[str] = Counter()
         vectors = self._memory[row]
         is_near = (np.maximum(scores, vectors @ whole) > limit).tolist()
+        id, cluster, pictures = queries.ids[i], queries.clusters[i], queries.pictures[i]
         seen = set(pictures)
         usable = []
         for place, index in enumerate(row.tolist()):
@@ -180,6 +185,8 @@ class _Finder:
                 reasons["self"] += 1
             elif not pictures.isdisjoint(other):
                 reasons["same_picture"] += 1
+            elif self._facts.clusters[index] == cluster:
+                reasons["same_cluster"] += 1
             elif is_near[place]:
                 reasons["near_duplicate"] += 1
             elif not seen.isdisjoint(other):

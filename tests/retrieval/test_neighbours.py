@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,16 @@ def test_planted_duplicates_are_excluded(shards, tmp_path):
         pictures = [image.sha256 for document in found for image in document.images]
         assert not sha & set(pictures) and len(set(pictures)) == len(pictures)
     assert N not in neighbours.candidates(3)
+
+
+def test_documents_of_ones_own_cluster_are_excluded(shards, tmp_path):
+    documents = [pair(i) for i in range(N)]
+    documents = [replace(document, meta={"cluster": i // 2}) for i, document in enumerate(documents)]
+    train = shards("train", documents)
+    build_neighbours(train, train, RetrievalConfig(num_candidates=N, max_score=1.0), tmp_path / "out", seed=0)
+    neighbours = Neighbours(tmp_path / "out")
+    assert neighbours.facts["left_out"]["same_cluster"] == N
+    assert all(set(range(N)) - set(neighbours.candidates(i).tolist()) == {i, i ^ 1} for i in range(N))
 
 
 def test_near_duplicates_are_excluded_among_neighbours_too(shards, tmp_path):
