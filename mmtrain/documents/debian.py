@@ -85,9 +85,10 @@ def _keep_only(root: Path, suffixes: tuple[str, ...], copyright_file: Path) -> N
     paths = list(root.rglob("*"))
     links = [path for path in paths if path.is_symlink()]
     for link in links:  # /usr/share/... means the package's own, not this machine's
-        if os.path.isabs(target := os.readlink(link)):
+        leads_to = os.readlink(link)
+        if os.path.isabs(leads_to):
             link.unlink()
-            link.symlink_to(root / target.lstrip("/"))
+            link.symlink_to(root / leads_to.lstrip("/"))
 
     def is_wanted(path: Path) -> bool:
         return path.name.lower().endswith(suffixes) or path == root / copyright_file
