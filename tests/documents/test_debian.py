@@ -1,7 +1,6 @@
 """Packages of Debian: what is kept of one, which links survive, and what is said where apt fails."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,10 +26,9 @@ def fake_apt(folder: Path, monkeypatch, script: str) -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
+def package(tmp_path: Path, need_command) -> Path:
     """A real .deb with links of all sorts."""
-    if not shutil.which("dpkg-deb"):
-        pytest.skip("needs dpkg-deb")
+    need_command("dpkg-deb")
     tree = tmp_path / "tree"
     pages = tree / "usr/share/doc" / PACKAGE
     pages.mkdir(parents=True)

@@ -117,7 +117,7 @@ def test_partitions_can_be_stored_and_read_alone_in_any_order(case):
 def test_files_that_vanish_in_between_are_counted(case, tmp_path):
     config, expected = case
     if config.kind == "shapes":
-        pytest.skip("reads no files")
+        return  # it reads no files
     corpus = open_corpus(config, Path())
     partitions = corpus.partitions(Account())
     for path in tmp_path.rglob("*.*"):
