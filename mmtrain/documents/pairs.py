@@ -6,6 +6,7 @@ it are relative to the table and may not leave its folder.
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -151,10 +152,10 @@ def _name_in(table: Path, name: str) -> str:
     """
     relative = relative_name(table.parent / name, table.parent)
     try:
-        is_file_name = "\0" not in name and bool(relative.encode("utf-8", "surrogateescape"))
+        os.fsencode(relative)
     except UnicodeEncodeError:  # a lone surrogate from a JSON escape
-        is_file_name = False
-    if not is_file_name or relative.split("/")[0] == "..":
+        raise BadSample("no name of a file") from None
+    if relative.split("/")[0] == "..":
         raise BadSample("path leaves the folder")
     return relative
 

@@ -36,6 +36,7 @@ def package(tmp_path: Path, need_command) -> Path:
     (tree / "DEBIAN/control").write_text(
         f"Package: {PACKAGE}\nVersion: 1.2\nArchitecture: all\nMaintainer: A <a@example.org>\nDescription: pages\n"
     )
+    (tmp_path / "secret.png").write_text("of another folder")
     for name in ("a.html", "a.PNG", "copyright", "program.js", "hidden.js"):
         (pages / name).write_text(f"content of {name}")
     links = {
@@ -44,7 +45,7 @@ def package(tmp_path: Path, need_command) -> Path:
         "chain.html": "relative.html",
         "other.html": "hidden.js",
         "machine.html": "/etc/hostname",
-        "outside.png": "../../../../../../../../../../../../etc/hostname",
+        "outside.png": "../" * 40 + f"{tmp_path}/secret.png",
         "circle.html": "circle.html",
         "nothing.html": "nothing-there.html",
         "folder": ".",

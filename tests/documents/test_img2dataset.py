@@ -142,6 +142,7 @@ def test_bad_samples_are_counted_and_named(tmp_path):
         "empty file": broken(107, jpg=b""),
         "too many pixels": broken(108, jpg=encode_png(np.zeros((20, 20, 3), dtype=np.uint8))),
         "member too large": broken(109, txt=b"a" * 100_001),
+        "caption too long": broken(112, txt=None, json=json.dumps({"caption": "a" * 100_001}).encode()),
         "duplicate key": {"000000003.jpg": png(77), "000000003.txt": b"again"},
         "path leaves the tar": {"../../000000110.jpg": png(110)},
         "name without a key": {"README": b"a note"},

@@ -85,6 +85,8 @@ def test_bad_entries_are_counted_and_named(tmp_path):
     write(tmp_path / "empty.png", png(60))
     write(tmp_path / "latin.png", png(61))
     write(tmp_path / "alone.png", png(62))
+    write(tmp_path / "long.png", png(66))
+    write(tmp_path / "long.txt", "a" * 100_001)
     for name in ("huge", "cut", "page", "zero"):
         write(tmp_path / f"{name}.txt", "a caption")
     write(tmp_path / "empty.txt", " \n")
@@ -107,6 +109,7 @@ def test_bad_entries_are_counted_and_named(tmp_path):
         "empty file": "zero.webp",
         "empty caption": "empty.png",
         "caption is not UTF-8": "latin.png",
+        "caption too long": "long.png",
         "no .txt beside it": "alone.png",
         "path leaves the folder": "link.png",
         "unreadable file": "pipe.png",
@@ -115,17 +118,31 @@ def test_bad_entries_are_counted_and_named(tmp_path):
         "hidden folder": ".cache",
         "link to a folder": "again",
     }
-    assert account.bad.total() == 9 and account.skipped.total() == 4
+    assert account.bad.total() == 10 and account.skipped.total() == 4
     assert "max_bad_fraction" in sentence(tmp_path, max_pixels=100)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+
+    def scandir(path, scandir=os.scandir):
+        if Path(path).name == "sub1":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    documents, account = read(tmp_path)
+    assert len(documents) == 4 and account.examples == {"unreadable folder": "sub1"}
 
 
 def test_table_paths_may_not_leave_its_folder(tmp_path):
     folder_of(tmp_path / "inside", 6)
     write(tmp_path / "secret.png", png(200))
     rows = [{"image": f"sub{n % 2}/p{n}.png", "caption": "fine"} for n in range(6)]
-    names = ["../secret.png", str(tmp_path / "secret.png"), "sub0/../../secret.png", "a\0.png", "\ud800.png"]
+    names = ["../secret.png", str(tmp_path / "secret.png"), "sub0/../../secret.png", "a\0.png"]
     names += ["link/../../secret.png", "link.png"]
-    rows += [{"image": name, "caption": "stolen"} for name in names]
+    rows += [{"image": name, "caption": "stolen"} for name in [*names, "\ud800.png"]]
+    rows += [{"image": "sub0/p0.png", "caption": "a" * 100_001}, {"image": "notes.md", "caption": "no picture"}]
     write(tmp_path / "inside/all.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n{broken\n[1]\n{}\n")
     os.makedirs(tmp_path / "inside/deep/er")
     os.symlink("deep/er", tmp_path / "inside/link")
@@ -134,6 +151,9 @@ def test_table_paths_may_not_leave_its_folder(tmp_path):
     assert [document.texts[0] for document in documents] == ["fine"] * 6
     assert account.bad == {
         "path leaves the folder": len(names),
+        "no name of a file": 1,
+        "caption too long": 1,
+        "not a PNG, JPEG or WebP picture": 1,
         "line is no JSON object": 2,
         "row without picture or caption": 1,
     }

@@ -22,14 +22,16 @@ def png(number: int) -> bytes:
 
 
 def pairs(root: Path) -> dict:
-    """Eight good pictures, one cut, one without caption, one caption without a picture."""
+    """Nine good pictures, one of an odd name, one cut, one without caption, one caption without a picture."""
     for number in range(NUM_PICTURES + 2):
         data = png(number)
         (root / f"{number} ü%.png").write_bytes(data[:-30] if number == NUM_PICTURES else data)
         (root / f"{number} ü%.txt").write_text(f"picture {number}")
-    Path(os.fsdecode(os.fsencode(root) + b"/odd\xff.png")).write_bytes(png(90))
+    odd = os.fsdecode(os.fsencode(root) + b"/odd\xff")
+    Path(f"{odd}.png").write_bytes(png(90))
+    Path(f"{odd}.txt").write_text("odd")
     (root / f"{NUM_PICTURES + 1} ü%.txt").rename(root / "other.txt")
-    return {"kind": "pairs", "documents": NUM_PICTURES, "skipped": 1, "bad": 3}
+    return {"kind": "pairs", "documents": NUM_PICTURES + 1, "skipped": 1, "bad": 2}
 
 
 def table(root: Path) -> dict:
