@@ -94,12 +94,13 @@ def files_below(root: Path, suffixes: tuple[str, ...], account: Account) -> Iter
 
     for parent, folders, filenames in os.walk(root, onerror=spoil):
         relative = Path(os.path.relpath(parent, root))
+        folders.sort()
         for folder in folders:
             if folder.startswith("."):
                 account.skip("hidden folder", (relative / folder).as_posix())
             elif Path(parent, folder).is_symlink():
                 account.skip("link to a folder", (relative / folder).as_posix())
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))  # links are not followed
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]  # os.walk follows no links
         for filename in sorted(filenames):
             if filename.lower().endswith(suffixes):
                 name = (relative / filename).as_posix()

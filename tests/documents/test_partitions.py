@@ -46,7 +46,7 @@ def table(root: Path) -> dict:
 
 def stamps(root: Path) -> dict:
     """Captions in two languages, one missing; one picture is cut, one has no caption, one is mirrored."""
-    folder = root / "stamps/animals"
+    folder = root / "stamps" / os.fsdecode(b"animals\xff")
     folder.mkdir(parents=True)
     for number in range(NUM_PICTURES + 2):
         data = png(number)
