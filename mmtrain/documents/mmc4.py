@@ -45,7 +45,8 @@ Record = tuple[str, str, bytes | None]
 class Mmc4(Corpus):
     """One document per page, in the order of the files' names and then of their lines.
 
-    Each picture comes before its sentence, and sentences between two pictures are joined by spaces. meta: url, and path (FILE:LINE or TAR/KEY).
+    Each picture comes before its sentence, and sentences between two pictures are joined by spaces. meta: url, and
+    path (FILE:LINE or TAR/KEY).
     """
 
     def partitions(self, account: Account) -> list[Partition]:
@@ -174,6 +175,8 @@ def _line_records(path: Path, name: str, account: Account) -> Iterator[Record]:
                     return
                 if data is None or not data.isspace():
                     yield f"{name}:{number}", str(number), data
+        if number == 0:
+            account.spoil("empty file", name)
     except ARCHIVE_ERRORS as error:
         account.spoil("damaged file", f"{name}:{number}, {error}")
 

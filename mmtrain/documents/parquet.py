@@ -135,30 +135,15 @@ class Parquet(Corpus):
         folder: PictureFolder,
         account: Account,
     ) -> Iterator[Document]:
-        """The documents of a row, cut where OBELICS says. Raises BadRecord."""
-        assert layout.texts is not None
-        texts = _cell(row, layout.texts)
+        """The documents of a row, cut where OBELICS says. Raises BadRecord before the first of them."""
         documents: list[list[Part]] = [[]]
-        if layout.pictures == "nowhere":
-            if texts is None:
-                raise BadRecord("no text")
-            documents = [[texts]]
-        else:
-            images = _cell(row, "images", LARGEST_DOCUMENT_BYTES)
-            hashes = _url_hashes(row)
-            for index, (text, image) in enumerate(aligned(texts, images)):
-                if text is None:
-                    label = f"{meta['path']}, image {index}"
-                    if layout.pictures == "folder":
-                        own = hashlib.sha256(image.encode()).hexdigest()
-                        stems = (hashes[index : index + 1] or [None])[0], own
-                        documents[-1].append(partial(folder.picture, label, [stem for stem in stems if stem]))
-                    else:
-                        documents[-1].append(partial(self._inside, label, image))
-                else:
-                    before, *others = text.split(CUT)
-                    documents[-1].append(before)
-                    documents += ([other] for other in others)
+        for part in self._parts(row, layout, meta["path"], folder):
+            if isinstance(part, str):
+                before, *others = part.split(CUT)
+                documents[-1].append(before)
+                documents += ([other] for other in others)
+            else:
+                documents[-1].append(part)
         # A cut at the start or the end leaves nothing there; a row of nothing is counted as one empty document.
         documents = [parts for parts in documents if any(callable(part) or part.strip() for part in parts)] or [[]]
         for number, parts in enumerate(documents):
@@ -167,6 +152,28 @@ class Parquet(Corpus):
             document = interleaved_document(numbered, self.config.name, loaded, meta, self.config, account)
             if document:
                 yield document
+
+    def _parts(self, row: pa.RecordBatch, layout: _Layout, path: str, folder: PictureFolder) -> list[Part]:
+        """The texts and pictures of a row in reading order. Raises BadRecord."""
+        assert layout.texts is not None
+        texts = _cell(row, layout.texts)
+        if layout.pictures == "nowhere":
+            if texts is None:
+                raise BadRecord("no text")
+            return [texts]
+        images = _cell(row, "images", LARGEST_DOCUMENT_BYTES)
+        positions = aligned(texts, images)
+        stems = _stems(row, [image for _, image in positions]) if layout.pictures == "folder" else []
+        parts: list[Part] = []
+        for index, (text, image) in enumerate(positions):
+            label = f"{path}, image {index}"
+            if text is not None:
+                parts.append(text)
+            elif stems:
+                parts.append(partial(folder.picture, label, stems[index]))
+            else:
+                parts.append(partial(self._inside, label, image))
+        return parts
 
     def _inside(self, label: str, image: Any) -> Picture:
         """A picture of the table: {"bytes": ..., "path": ...}, bytes, or None."""
@@ -282,10 +289,11 @@ def _url(row: pa.RecordBatch) -> dict[str, str]:
     return {"url": printable(url)} if isinstance(url, str) else {}
 
 
-def _url_hashes(row: pa.RecordBatch) -> list[str | None]:
-    """OmniCorpus's img_url_sha per position; empty where the table has none."""
-    entries = _cell(row, "metadata") if "metadata" in row.schema.names else None
-    if not isinstance(entries, list):
-        return []
-    hashes = [entry.get("img_url_sha") if isinstance(entry, dict) else None for entry in entries]
-    return [digest if isinstance(digest, str) else None for digest in hashes]
+def _stems(row: pa.RecordBatch, urls: list[str | None]) -> list[list[str]]:
+    """Per URL what the file of its picture may be called: OmniCorpus's img_url_sha, the SHA-256 of the URL."""
+    facts = _cell(row, "metadata") if "metadata" in row.schema.names else None
+    if not isinstance(facts, list) or len(facts) != len(urls):
+        facts = [None] * len(urls)
+    named = [fact.get("img_url_sha") if isinstance(fact, dict) else None for fact in facts]
+    hashed = [hashlib.sha256(url.encode()).hexdigest() if url is not None else None for url in urls]
+    return [[stem for stem in stems if isinstance(stem, str)] for stems in zip(named, hashed, strict=True)]
