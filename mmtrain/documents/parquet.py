@@ -37,6 +37,8 @@ UNDERSTOOD = (
     "texts and images (lists of strings, or images of {bytes, path} or binary), image ({bytes, path} or binary) with "
     f"or without {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}, and text without a column of pictures"
 )
+# What pyarrow raises for damaged files; ValueError for names that are not UTF-8.
+ERRORS = (pa.ArrowException, OSError, ValueError)
 # A partition ends with the row group that reaches one of these.
 PARTITION_ROWS = 8192
 PARTITION_BYTES = 2**28
@@ -72,11 +74,14 @@ class Parquet(Corpus):
                     schema = file.schema_arrow
                     groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
                     sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-            except (pa.ArrowException, OSError) as error:
+                    num_rows = file.metadata.num_rows
+            except ERRORS as error:
                 account.spoil(DAMAGED, f"{name}, {_first_line(error)}")
                 continue
             if _find_layout(schema, name).pictures == "folder" and not self.config.image_folder:
                 raise UserError(f"{name} holds URLs; set corpus.image_folder to the folder of downloaded pictures.")
+            if num_missing := num_rows - sum(rows for rows, _ in sizes):
+                account.spoil(DAMAGED, f"{name}, its footer counts {num_rows} rows in all", abs(num_missing))
             partitions += ({"file": name, **span} for span in _spans(sizes))
         return partitions
 
@@ -86,7 +91,7 @@ class Parquet(Corpus):
         try:
             file = _open(file_path(self.config, name))
             layout = _find_layout(file.schema_arrow, name)
-        except (pa.ArrowException, OSError) as error:
+        except ERRORS as error:
             account.spoil(DAMAGED, f"{name}, {_first_line(error)}", partition["rows"])
             return
         with file:
@@ -258,7 +263,7 @@ def _rows(file: pq.ParquetFile, group: int, layout: _Layout, name: str, account:
         for row in file.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False):
             yield row
             num_read += 1
-    except (pa.ArrowException, OSError) as error:
+    except ERRORS as error:
         problem = _first_line(error)
     if num_read < num_promised:
         account.spoil(DAMAGED, f"{name}:{group}:{num_read}, {problem}", num_promised - num_read)
