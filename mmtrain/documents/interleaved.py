@@ -10,14 +10,18 @@ from mmtrain.documents.document import Document, Image
 from mmtrain.documents.images import BadImage, image_from_bytes
 
 MISSING = "missing picture"
+TOO_LARGE = "picture of too many bytes"
+# A few names in a small file can refer to a large picture a million times.
+LARGEST_DOCUMENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture in its place, not looked at yet. data: None where it could not be found."""
+    """An encoded picture in its place, not looked at yet. data: None where there is none; `problem` says why."""
 
     name: str
     data: bytes | None
+    problem: str = MISSING
 
 
 def interleaved_document(
@@ -32,29 +36,34 @@ def interleaved_document(
 
     Bad pictures are counted in `account`; corpus.on_bad says whether the document goes on without them
     (drop_image) or is left out (skip). Texts that then follow one another become one, a blank line between them.
-    A document may well be all text or all pictures.
+    A document may well be all text or all pictures. One of more than LARGEST_DOCUMENT_BYTES of pictures is damage.
     """
-    segments: list[str | Image] = []
-    num_bad = 0
+    segments: list[list[str] | Image] = []
+    num_bad = num_bytes = 0
     for part in parts:
         if isinstance(part, Picture):
             try:
                 if part.data is None:
-                    raise BadImage(MISSING, part.name)
+                    raise BadImage(part.problem, part.name)
+                num_bytes += len(part.data)
+                if num_bytes > LARGEST_DOCUMENT_BYTES:
+                    account.spoil("document too large", document_id)
+                    return None
                 segments.append(image_from_bytes(part.data, config.max_pixels))
             except BadImage as error:
                 account.spoil(error.reason, part.name)
                 num_bad += 1
         # A lone surrogate from a JSON escape cannot be stored as UTF-8.
         elif text := part.encode("utf-8", "replace").decode().strip():
-            if segments and isinstance(segments[-1], str):
-                segments[-1] += "\n\n" + text
+            if segments and isinstance(segments[-1], list):
+                segments[-1].append(text)
             else:
-                segments.append(text)
+                segments.append([text])
     if num_bad and config.on_bad == "skip":
         account.skip("document with a bad picture", document_id)
         return None
     if not segments:
         account.skip("empty document", document_id)
         return None
-    return Document(document_id, source, tuple(segments), meta)
+    joined = ("\n\n".join(segment) if isinstance(segment, list) else segment for segment in segments)
+    return Document(document_id, source, tuple(joined), meta)

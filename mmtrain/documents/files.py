@@ -1,0 +1,96 @@
+"""The files of a corpus: which there are and which may be opened, and the folder of downloaded pictures."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmtrain.config import CorpusConfig, UserError
+from mmtrain.documents.captioned import PICTURE_SUFFIXES, is_inside, largest_picture_bytes, relative_name
+from mmtrain.documents.corpus import Account
+from mmtrain.documents.interleaved import TOO_LARGE, Picture
+
+UNREADABLE = "unreadable file"
+OUTSIDE = "path leaves the folder"
+
+
+def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, account: Account) -> list[str]:
+    """Names, relative to corpus.path, of the files to read; its own name where corpus.path is a file.
+
+    Sorted; folders below are searched, hidden ones and links to folders are not. Raises UserError, which ends with
+    `how` to mend it, where there is nothing to read.
+    """
+    kinds = " or ".join(suffixes)
+    if not config.path:
+        raise UserError(f"corpus {config.name} has no corpus.path; {how}.")
+    root = Path(config.path)
+    if not root.exists():
+        raise UserError(f"corpus.path={config.path} does not exist; {how}.")
+    if root.is_file() and root.name.endswith(suffixes):
+        return [root.name]
+    if not root.is_dir():
+        raise UserError(f"corpus.path={config.path} is neither a folder nor a {kinds}; {how}.")
+    names = []
+    resolved = root.resolve()
+    for path in _walk(root, account):
+        name = relative_name(path, root)
+        if not path.name.endswith(suffixes):
+            continue
+        if not is_inside(path, resolved):
+            account.spoil(OUTSIDE, name)
+        elif not path.is_file():  # a pipe would be read forever
+            account.spoil(UNREADABLE, name)
+        else:
+            names.append(name)
+    if not names:
+        left_out = f" that can be read: {account.summary()}" if account.bad else ""
+        raise UserError(f"corpus.path={config.path} holds no {kinds}{left_out}; {how}.")
+    return sorted(names)
+
+
+def _walk(root: Path, account: Account) -> Iterable[Path]:
+    """All files below root; what cannot be entered is counted."""
+
+    def unreadable(error: OSError) -> None:
+        account.spoil("unreadable folder", relative_name(Path(error.filename), root))
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                account.skip("link to a folder", relative_name(Path(folder, name), root))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def file_path(config: CorpusConfig, name: str) -> Path:
+    """The path of a file that `list_files` named."""
+    assert config.path is not None
+    root = Path(config.path)
+    return root if root.is_file() else root / name
+
+
+class PictureFolder:
+    """corpus.image_folder: downloaded pictures by name. Raises UserError where it is set and is no folder."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self._root = Path(config.image_folder).resolve() if config.image_folder else None
+        self._largest_bytes = largest_picture_bytes(config.max_pixels)
+        if self._root is not None and not self._root.is_dir():
+            raise UserError(f"corpus.image_folder={config.image_folder} is no folder; give that of the pictures.")
+
+    def picture(self, label: str, stems: Iterable[str]) -> Picture:
+        """The file of the first stem that there is, with a suffix of pictures or as it is; `label` is for people."""
+        if self._root is None:
+            return Picture(label, None)
+        for name in (stem + suffix for stem in stems if Path(stem).name == stem for suffix in ("", *PICTURE_SUFFIXES)):
+            path = self._root / name
+            try:
+                if not path.is_file():
+                    continue
+                if not is_inside(path, self._root):
+                    return Picture(label, None, OUTSIDE)
+                if path.stat().st_size > self._largest_bytes:
+                    return Picture(label, None, TOO_LARGE)
+                return Picture(label, path.read_bytes())
+            except (OSError, ValueError):  # ValueError: a NUL in the name
+                return Picture(label, None, UNREADABLE)
+        return Picture(label, None)
