@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from mmtrain.documents.interleaved import Picture
-
 # These begin and end a text (HTML standard, sec. 15.3: blocks, list items, parts of tables); others flow.
 BLOCKS = frozenset(
     (
@@ -72,10 +70,12 @@ TAG_COST = 16  # a node itself
 # The parser then takes less than about a gigabyte and some seconds; honest pages of 20 MB stay below.
 LARGEST_PARSING_COST = 50_000_000
 
-# The src of a picture -> the picture, or None when a rule leaves it out, which is then counted.
-FindPicture = Callable[[str], Picture | None]
-# Counts, by its reason, what is left out.
-Skip = Callable[[str], None]
+
+class Reference(NamedTuple):
+    """The place of a picture. src: as in the page, without white space around it."""
+
+    src: str
+
 
 
 def decode_page(data: bytes) -> tuple[str, bool]:
@@ -163,11 +163,11 @@ class Page:
             for meta in metas
         )
 
-    def parts(self, find_picture: FindPicture, skip: Skip) -> list[str | Picture]:
+    def parts(self, accepts: Callable[[str], bool], skip: Callable[[str], None]) -> list[str | Reference]:
         """Texts and pictures in reading order; paragraphs between two pictures are one text.
 
-        The title comes first when the page shows neither it nor any <h1>. `skip` counts elements that are left
-        out and the pictures in them.
+        The title comes first when the page shows neither it nor any <h1>. accepts: whether the picture of a src
+        has a place. skip: counts, by a reason, an element that is left out or a picture in it.
         """
         writer = _Writer(self.title)
         # No recursion: pages may be nested more deeply than Python's stack. None is the end of a block.
@@ -186,8 +186,8 @@ class Page:
                 if tag == "img":
                     if context.left_out:
                         skip(f"picture in a {context.left_out}")
-                    elif picture := find_picture(node.attributes.get("src") or ""):
-                        writer.add_picture(picture)
+                    elif accepts(src := (node.attributes.get("src") or "").strip()):
+                        writer.add_picture(Reference(src))
                 elif not context.left_out:
                     writer.begin(tag)
                 if tag in BLOCKS:
@@ -223,7 +223,7 @@ class _Writer:
     def __init__(self, title: str) -> None:
         self._title = title
         self._shows_title = False
-        self._parts: list[str | Picture] = []
+        self._parts: list[str | Reference] = []
         self._paragraphs: list[str] = []
         self._pieces: list[str] = []
         self._is_preformatted = False
@@ -251,12 +251,12 @@ class _Writer:
             self._shows_title |= self._paragraphs[-1] == self._title
         self._pieces.clear()
 
-    def add_picture(self, picture: Picture) -> None:
+    def add_picture(self, picture: Reference) -> None:
         """A picture, which may stand in the middle of a paragraph."""
         self._end_part()
         self._parts.append(picture)
 
-    def finish(self) -> list[str | Picture]:
+    def finish(self) -> list[str | Reference]:
         """All parts; none where nothing but a title would be."""
         self._end_part()
         needs_title = self._parts and self._title and not self._shows_title
