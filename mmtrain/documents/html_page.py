@@ -1,6 +1,6 @@
 """One HTML page: from markup to texts and pictures in reading order.
 
-After the DOM simplification of OBELICS (Laurençon et al. 2023, app. A.1): what only styles a text flows into it,
+After the DOM simplification of OBELICS (Laurençon et al. 2023): what only styles a text flows into it,
 what makes a paragraph ends it, and what is no content of the page (scripts, navigation, what is hidden) goes.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-# These begin and end a text (HTML standard, sec. 15.3: blocks, list items, parts of tables); others flow.
+# These begin and end a text (HTML standard, "Rendering": blocks, list items, parts of tables); others flow.
 BLOCKS = frozenset(
     (
         "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dialog", "dir",
@@ -25,7 +25,7 @@ BLOCKS = frozenset(
 PREFORMATTED = frozenset(("listing", "plaintext", "pre", "xmp"))
 NO_CONTENT = frozenset(("script", "style", "template", "noframes"))
 EMBEDDED = frozenset(("applet", "audio", "canvas", "embed", "iframe", "object", "svg", "video"))
-# Inside these a header or footer belongs to the part; elsewhere it is that of the site (HTML-AAM 1.0, sec. 3.5).
+# Inside these a header or footer belongs to the part; elsewhere it is that of the site (HTML-AAM 1.0).
 SECTIONS = frozenset(("article", "aside", "main", "section"))
 NAVIGATION_ROLES = frozenset(("banner", "contentinfo", "doc-toc", "navigation", "search"))
 NAVIGATION_CLASSES = frozenset(("navfooter", "navheader", "toc"))  # of the DocBook XSL stylesheets
@@ -38,8 +38,18 @@ HIDDEN = "hidden element"
 EMBEDDED_ELEMENT = "embedded element (drawing, frame, object, sound or video)"
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-# Names in which Python's codecs can take more than linear time, or undo what is no encoding of pages.
+# Codecs of Python that are no encodings of pages; some take quadratic time.
 NO_PAGE_ENCODINGS = frozenset(("idna", "punycode", "raw_unicode_escape", "undefined", "unicode_escape", "utf-7"))
+# What a declared encoding means to browsers: the larger one that holds it (WHATWG Encoding standard).
+MEANT_ENCODINGS = {
+    "ascii": "cp1252",
+    "euc_kr": "cp949",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "shift_jis": "cp932",
+}
 DECLARED_ENCODING = re.compile(
     rb"""<\?xml[^>]{0,200}?\sencoding\s*=\s*["']([\w.:-]+)|<meta\s[^>]{0,400}?charset\s*=\s*["']?\s*([\w.:-]+)""",
     re.IGNORECASE,
@@ -59,14 +69,14 @@ TAG = re.compile(
 NOT_NESTED = frozenset(
     (
         "!doctype", "a", "area", "base", "body", "br", "button", "col", "dd", "dt", "embed", "head", "hr", "html",
-        "img", "input", "li", "link", "meta", "nobr", "optgroup", "option", "p", "param", "rp", "rt", "source",
-        "tbody", "td", "tfoot", "th", "thead", "tr", "track", "wbr",
+        "img", "input", "li", "link", "meta", "nobr", "option", "p", "param", "source", "tbody", "td", "tfoot", "th",
+        "thead", "tr", "track", "wbr",
     )
 )
 # The parser opens them again in every paragraph (HTML standard, "reconstruct the active formatting elements").
 FORMATTING = frozenset(("b", "big", "code", "em", "font", "i", "s", "small", "strike", "strong", "tt", "u"))
 FORMATTING_COST = 20
-TAG_COST = 16  # a node itself
+TAG_COST = 16  # of a node itself
 # The parser then takes less than about a gigabyte and some seconds; honest pages of 20 MB stay below.
 LARGEST_PARSING_COST = 50_000_000
 
@@ -77,12 +87,11 @@ class Reference(NamedTuple):
     src: str
 
 
-
 def decode_page(data: bytes) -> tuple[str, bool]:
     """The text of a page, and whether every byte of it fitted the encoding (others become U+FFFD).
 
-    A byte order mark decides, then an XML declaration or a <meta charset>, then UTF-8. Latin-1 means Windows-1252
-    and a declared UTF-16 without its mark UTF-8, as in all browsers (WHATWG Encoding standard).
+    A byte order mark decides, then an XML declaration or a <meta charset>, then UTF-8. A declared UTF-16 without its
+    mark is UTF-8, or the declaration could not have been read.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
@@ -94,7 +103,7 @@ def decode_page(data: bytes) -> tuple[str, bool]:
         encoding = codecs.lookup((declared[1] or declared[2]).decode("ascii", "replace")).name
         if encoding in NO_PAGE_ENCODINGS or encoding.startswith(("utf-16", "utf-32")):
             encoding = "utf-8"
-        return _decode(data, "cp1252" if encoding in ("ascii", "iso8859-1") else encoding)
+        return _decode(data, MEANT_ENCODINGS.get(encoding, encoding))
     except LookupError:  # unknown, or no text encoding ("zip")
         return _decode(data, "utf-8")
 
@@ -109,7 +118,8 @@ def _decode(data: bytes, encoding: str) -> tuple[str, bool]:
 def is_too_complex(text: str) -> bool:
     """Whether a parser that follows the standard could take very long or very much memory for this page.
 
-    Its work per tag grows with the number of elements that are open. That number is estimated from the tags alone.
+    Its work per tag grows with the number of elements that are open, and for an <option> with the number of those
+    before. Both are estimated from the tags alone.
     """
     cost = depth = 0
     num_open: Counter[str] = Counter()
@@ -117,14 +127,14 @@ def is_too_complex(text: str) -> bool:
         name = tag[2].lower() if tag[2] else "!doctype"
         own_cost = FORMATTING_COST if name in FORMATTING else 1
         if tag[1]:
-            if num_open[name]:
+            if num_open[name] and name not in NOT_NESTED:
                 num_open[name] -= 1
                 depth -= own_cost
             continue
+        num_open[name] += 1
         if name not in NOT_NESTED:
-            num_open[name] += 1
             depth += own_cost
-        cost += TAG_COST + depth
+        cost += TAG_COST + depth + (num_open[name] if name == "option" else 0)
         if cost > LARGEST_PARSING_COST:
             return True
     return False
@@ -159,7 +169,7 @@ class Page:
         """Whether the page sends every reader to another one (in <noscript> only those without scripts)."""
         metas = [node.attributes for node in self._head if node.tag == "meta"]
         return any(
-            (meta.get("http-equiv") or "").lower() == "refresh" and "url=" in (meta.get("content") or "").lower()
+            (meta.get("http-equiv") or "").lower() == "refresh" and ";" in (meta.get("content") or "")
             for meta in metas
         )
 
@@ -185,7 +195,7 @@ class Page:
                     context = context._replace(left_out=reason)
                 if tag == "img":
                     if context.left_out:
-                        skip(f"picture in a {context.left_out}")
+                        skip(f"picture in {context.left_out}")
                     elif accepts(src := (node.attributes.get("src") or "").strip()):
                         writer.add_picture(Reference(src))
                 elif not context.left_out:
