@@ -74,7 +74,7 @@ class DedupeConfig:
     near: str = knob("keep", "Near-duplicates of an earlier document: keep them (on one side of the split), or drop them. The captions of one picture are near-duplicates of one another, too.", choices=("keep", "drop"))
     pictures: bool = knob(True, "Documents with the same pictures are near-duplicates.")
     picture_distance: int = knob(3, "Pictures are the same up to so many differing bits of 64 of their perceptual hashes (-1: only the same file).", minimum=-1, maximum=8)
-    picture_overlap: float = knob(0.5, "Pictures that two documents share, of all that they have (Jaccard), from which on they are near-duplicates.", minimum=0.05, maximum=1.0)
+    picture_overlap: float = knob(0.6, "Share of two documents' pictures that both have (Jaccard), from which on they are near-duplicates. At 0.5, a page with nothing but a common icon would join all that have one picture more.", minimum=0.05, maximum=1.0)
     max_picture_uses: int = knob(0, "Drop a picture that is in more documents (OBELICS: 10; 0: keep all). The captions of one picture are several documents.", minimum=0)
     texts: bool = knob(True, "Documents with nearly the same text are near-duplicates.")
     text_similarity: float = knob(0.8, "Share of the runs of five words that two texts have in common (Jaccard), from which on they are nearly the same.", minimum=0.3, maximum=1.0)

@@ -120,8 +120,8 @@ def decode_stretched(data: bytes, side: int) -> np.ndarray:
     Otherwise as decode_square. Raises BadImage.
     """
     # Not a smaller fraction of a JPEG: libjpeg rounds its size up, and a shift by half a pixel is seen in a comparison.
-    picture = _decode(data, 8 * side)
-    return np.asarray(picture.resize((side, side), PIL.Image.Resampling.LANCZOS, reducing_gap=3.0))
+    picture = _decode(data, 4 * side)
+    return np.asarray(picture.resize((side, side), PIL.Image.Resampling.LANCZOS, reducing_gap=2.0))
 
 
 def downscale_to_png(data: bytes, longest_side: int) -> bytes:
