@@ -51,6 +51,8 @@ def clean(document: Document, config: CleanConfig, account: Account) -> Document
     it is. meta["pictures"], where a reader gives one name or URL per picture, stays aligned. Everything left out is
     counted in `account`, by rule.
     """
+    if config == CleanConfig():  # so that no time is lost
+        return document
     seen: set[str] = set()
 
     def picture_fault(image: Image, name: str) -> str:
@@ -84,11 +86,13 @@ def _filtered(
     segments: list[str | Image] = []
     names = iter(_picture_names(document))
     kept_names: list[str] = []
+    is_whole = True
     for segment in document.segments:
         if isinstance(segment, Image):
             name = next(names)
             if fault := picture_fault(segment, name):
                 account.skip(fault, name or document.id)
+                is_whole = False
             else:
                 segments.append(segment)
                 kept_names.append(name)
@@ -97,6 +101,7 @@ def _filtered(
         for paragraph in segment.split(PARAGRAPHS):
             if fault := paragraph_fault(paragraph):
                 account.skip(fault, document.id)
+                is_whole = False
             else:
                 kept.append(paragraph)
         if text := PARAGRAPHS.join(kept).strip():
@@ -104,7 +109,7 @@ def _filtered(
                 segments[-1] += PARAGRAPHS + text
             else:
                 segments.append(text)
-    if tuple(segments) == document.segments:
+    if is_whole:
         return document
     if not segments:
         account.skip("document with nothing left", document.id)

@@ -25,7 +25,7 @@ MOST_MISSED = 0.1
 # In larger buckets what is linked to one candidate is compared with no other (a crowd of copies would take n^2); after
 # so many candidates that were not linked to one another the rest is given up, and counted.
 LARGE_BUCKET = 64
-MOST_LEADERS = 2000
+MOST_LEADERS = 200
 COMPARED_AT_ONCE = 1 << 16  # pairs, or pictures in them
 ROUNDING = 1e-9
 
