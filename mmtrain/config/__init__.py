@@ -7,8 +7,10 @@ It must never import torch or anything slow: `mmtrain --help` passes through her
 from mmtrain.config.artifact import build_artifact, fingerprint, sync_tree, write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import (
+    CleanConfig,
     Config,
     CorpusConfig,
+    DedupeConfig,
     EngineConfig,
     GenerateConfig,
     ImageTokenizerConfig,
@@ -24,8 +26,10 @@ from mmtrain.config.schema import (
 )
 
 __all__ = [
+    "CleanConfig",
     "Config",
     "CorpusConfig",
+    "DedupeConfig",
     "EngineConfig",
     "GenerateConfig",
     "ImageTokenizerConfig",
