@@ -40,6 +40,18 @@ class CorpusConfig:
 
 
 @dataclass
+class StoreConfig:
+    """Where shards come from, and the cache of those that are far away. A local folder is read in place."""
+
+    cache_dir: str = knob("data/cache", "Folder that keeps downloaded shards; on a local disk, shared by all processes of the machine.")
+    cache_bytes: int = knob(100_000_000_000, "Largest size of the cache: what was not used for the longest time goes first (0: no limit).", minimum=0)
+    schemes: list[str] = knob(["file", "s3", "gs", "hf", "http", "https"], "Kinds of locations that may be read; there are no others.")
+    retries: int = knob(5, "Further tries of a download that failed, after pauses of 1, 2, 4, ... seconds.", minimum=0)
+    timeout_seconds: float = knob(60.0, "A download that receives nothing for so long has failed.", minimum=0.1)
+    prefetch_shards: int = knob(4, "Shards fetched ahead, by as many background threads (0: none).", minimum=0)
+
+
+@dataclass
 class TextTokenizerConfig:
     """Byte-level BPE."""
 
@@ -248,6 +260,7 @@ class Config:
     mix: dict[str, Any] = knob({}, "Corpora of the run and their shares of the tokens, such as {stamps:1,gimp_help:3}: options of the group corpus, or names under corpora. A share may change with the step: {stamps:1,gimp_help:{0:3,5000:1}}, linear in between. Empty: corpus alone.")
     corpora: dict[str, CorpusConfig] = knob({}, "Corpora that mix names, resolved; set in files only.")
     corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
+    store: StoreConfig = knob(StoreConfig, "Store.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
     retrieval: RetrievalConfig = knob(RetrievalConfig, "Retrieval.")
