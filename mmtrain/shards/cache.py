@@ -103,7 +103,7 @@ class Cache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, made if absent and open for writing, under an exclusive lock; the kernel ends that of a dead process."""
+    """The file, made if absent and open for writing, under a lock that nobody else has and that dies with us."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

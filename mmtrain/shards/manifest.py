@@ -83,7 +83,8 @@ class Manifest:
         path = store.where(MANIFEST)
         try:
             with store.open(MANIFEST) as file:
-                content = json.load(file)
+                text = file.read().decode()
+            content = json.loads(text)
         except FileNotFoundError as error:
             raise UserError(
                 f"{store.location} has no {MANIFEST}: it holds no shards or their writing was interrupted; "

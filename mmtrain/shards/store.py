@@ -35,7 +35,7 @@ _UNVERSIONED_BYTES = 512 << 20  # largest manifest; one of 10^5 shards has 34 MB
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 _EVICTED_TRIES = 10
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._/-]*")
-_LOCATION = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)|(pipe):")
+_LOCATION = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)|([Pp][Ii][Pp][Ee]):")
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
@@ -286,9 +286,11 @@ class _Remote(Store):
     def _receive(self, name: str, file: BinaryIO, num_bytes: int | None) -> tuple[int, str]:
         """Download once; returns size and SHA-256 ("" of a file that is too long)."""
         limit = _UNVERSIONED_BYTES if num_bytes is None else num_bytes
-        options: dict[str, Any] = {"cache_type": "none", "size": num_bytes}
+        options: dict[str, Any] = {"cache_type": "none"}
         if self._scheme in ("http", "https", "hf"):
             options["block_size"] = 0  # one request, read as a stream
+        if self._scheme in ("http", "https"):
+            options["size"] = num_bytes  # otherwise it is asked for first
         parts = self._parts
         url = urlunsplit((self._scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
         digest, size = hashlib.sha256(), 0
