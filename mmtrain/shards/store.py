@@ -167,6 +167,7 @@ class _Remote(Store):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.counts = StoreCounts()
         self._start()
 
     def __repr__(self) -> str:
