@@ -78,6 +78,15 @@ class DedupeConfig:
     max_picture_uses: int = knob(0, "Drop a picture that is in more documents (OBELICS: 10; 0: keep all). The captions of one picture are several documents.", minimum=0)
     texts: bool = knob(True, "Documents with nearly the same text are near-duplicates.")
     text_similarity: float = knob(0.8, "Share of the runs of five words that two texts have in common (Jaccard), from which on they are nearly the same.", minimum=0.3, maximum=1.0)
+class StoreConfig:
+    """Where shards come from, and the cache of those that are far away. A local folder is read in place."""
+
+    cache_dir: str = knob("data/cache", "Folder that keeps downloaded shards; on a local disk, shared by all processes of the machine.")
+    cache_bytes: int = knob(100_000_000_000, "Largest size of the cache: what was not used for the longest time goes first (0: no limit).", minimum=0)
+    schemes: list[str] = knob(["file", "s3", "gs", "hf", "http", "https"], "Kinds of locations that may be read; there are no others.")
+    retries: int = knob(5, "Further tries of a download that failed, after pauses of 1, 2, 4, ... seconds.", minimum=0)
+    timeout_seconds: float = knob(60.0, "A download that receives nothing for so long has failed.", minimum=0.1)
+    prefetch_shards: int = knob(4, "Shards fetched ahead, by as many background threads (0: none).", minimum=0)
 
 
 @dataclass
@@ -293,6 +302,7 @@ class Config:
     corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
     clean: CleanConfig = knob(CleanConfig, "Cleaning.")
     dedupe: DedupeConfig = knob(DedupeConfig, "Deduplication.")
+    store: StoreConfig = knob(StoreConfig, "Store.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
     retrieval: RetrievalConfig = knob(RetrievalConfig, "Retrieval.")

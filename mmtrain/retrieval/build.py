@@ -43,7 +43,7 @@ def build_neighbours(
     out.mkdir(parents=True, exist_ok=True)
     query_facts = _Facts.of(queries)
     parts = encode_parts(queries, config)
-    if queries.folder.resolve() == train.folder.resolve():
+    if queries.manifest.fingerprint == train.manifest.fingerprint:
         memory_facts, means = query_facts, parts.means()
         memory = combine(parts, means)
     else:

@@ -1,8 +1,8 @@
 """The index of a shard: where each document's bytes are in the tar. Arrays only, never pickled objects."""
 
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,7 +30,9 @@ class ShardIndex:
         return len(self.ids)
 
 
-_SHAPES = {"ids": 1, "json": 2, "parts": 2, "part_start": 1, "segments": 2, "segment_start": 1}
+# Dimensions, and columns of the last.
+_SHAPES = {"ids": (1, 0), "json": (2, 2), "parts": (2, 2), "part_start": (1, 0)}
+_SHAPES |= {"segments": (2, 3), "segment_start": (1, 0)}
 
 
 def build_index(
@@ -64,15 +66,18 @@ def save_index(path: Path, index: ShardIndex) -> None:
         np.savez(file, **{field.name: getattr(index, field.name) for field in fields(index)})
 
 
-def load_index(path: Path, shard_bytes: int, documents: int) -> ShardIndex:
+def load_index(path: Path | str, shard_bytes: int, documents: int, file: BinaryIO | None = None) -> ShardIndex:
     """Read an index and check that it describes `documents` documents inside a tar of `shard_bytes` bytes.
 
-    Raises UserError naming the file if it does not.
+    file: the index, open, where `path` is only its name for messages. Raises UserError naming it if it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(file or path, allow_pickle=False) as content:
+            members = content.zip.infolist()
+            if any(member.compress_type for member in members):
+                raise ValueError("it is compressed")  # and could fill the memory
             index = ShardIndex(**{field.name: content[field.name] for field in fields(ShardIndex)})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and numpy have many ways to meet damage
         raise UserError(f"cannot read the shard index {path} ({error}); write the shards again") from error
     fault = _fault(index, shard_bytes, documents)
     if fault:
@@ -82,9 +87,10 @@ def load_index(path: Path, shard_bytes: int, documents: int) -> ShardIndex:
 
 def _fault(index: ShardIndex, shard_bytes: int, documents: int) -> str:
     """What is wrong with an index, or ""."""
-    for name, dimensions in _SHAPES.items():
+    for name, (dimensions, columns) in _SHAPES.items():
         array = getattr(index, name)
-        if array.ndim != dimensions or array.dtype.kind != ("S" if name == "ids" else "i"):
+        wrong_columns = columns and array.shape[-1:] != (columns,)
+        if array.ndim != dimensions or wrong_columns or array.dtype.kind != ("S" if name == "ids" else "i"):
             return f"{name} has type {array.dtype} and shape {array.shape}"
     if len(index) != documents or len(index.json) != documents:
         return f"{len(index)} documents instead of {documents}"
@@ -92,6 +98,8 @@ def _fault(index: ShardIndex, shard_bytes: int, documents: int) -> str:
         if len(start) != documents + 1 or start[0] != 0 or start[-1] != len(rows) or (np.diff(start) < 0).any():
             return "its rows do not add up"
     for spans in (index.json, index.parts):
-        if len(spans) and ((spans < 0).any() or (spans.sum(axis=1) > shard_bytes).any()):
+        offset, size = spans[:, 0], spans[:, 1]
+        # Not offset + size: of a hostile file, that overflows.
+        if ((offset < 0) | (size < 0) | (size > shard_bytes) | (offset > shard_bytes - size)).any():
             return "a document lies outside the shard"
     return ""

@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmtrain.config import UserError, fingerprint, write_text_atomic
+from mmtrain.config import StoreConfig, UserError, fingerprint, write_text_atomic
+from mmtrain.shards.store import Store, open_store
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -22,7 +23,7 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".index.npz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """One tar and its index; token counts are 0 in document shards."""
 
@@ -76,16 +77,20 @@ class Manifest:
         write_text_atomic(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
+    def load(cls, location: str | Path | Store) -> "Manifest":
         """Read manifest.json and check it against itself. Raises UserError if it is missing, damaged or too new."""
-        path = Path(folder) / MANIFEST
+        store = _store(location)
+        path = store.where(MANIFEST)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            with store.open(MANIFEST) as file:
+                text = file.read().decode()
+            content = json.loads(text)
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} has no {MANIFEST}: it holds no shards or their writing was interrupted; write them again"
+                f"{store.location} has no {MANIFEST}: it holds no shards or their writing was interrupted; "
+                "write them again"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {path} ({error}); write the shards again") from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
@@ -95,37 +100,58 @@ class Manifest:
         try:
             shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
             manifest = cls(shards=shards, **content)
-            total = sum(shard.documents for shard in shards)
         except (TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); write the shards again") from error
-        # Names are joined to the folder's path: a manifest from a stranger must not lead elsewhere.
-        wrong = [shard.name for number, shard in enumerate(shards) if shard.name != shard_name(number)]
-        if wrong or total != manifest.documents:
-            fault = (
-                f"unexpected shard name {wrong[0]!r}"
-                if wrong
-                else f"{total} documents in shards, {manifest.documents} in all"
-            )
+        fault = manifest._fault()
+        if fault:
             raise UserError(f"{path} is damaged ({fault}); write the shards again")
         return manifest
 
+    def _fault(self) -> str:
+        """What is wrong, or ""."""
+        if not isinstance(self.fingerprints, dict):
+            return "no fingerprints"
+        for number, shard in enumerate(self.shards):
+            # Names are joined to the folder's path: they must not lead elsewhere.
+            if shard.name != shard_name(number):
+                return f"unexpected shard name {shard.name!r}"
+            counts = (shard.bytes, shard.index_bytes, shard.documents, shard.text_tokens, shard.image_tokens)
+            for count in counts:
+                if type(count) is not int or count < 0:
+                    return f"{count!r} as a size of {shard.name}"
+            if not (isinstance(shard.sha256, str) and isinstance(shard.index_sha256, str)):
+                return f"no SHA-256 of {shard.name}"
+        total = sum(shard.documents for shard in self.shards)
+        return "" if total == self.documents else f"{total} documents in shards, {self.documents} in all"
 
-def open_manifest(folder: Path, kind: str) -> Manifest:
-    """Load the manifest and check that every shard and index is there in full size (SHA-256 only in `verify`).
 
+def open_manifest(location: str | Path | Store, kind: str) -> Manifest:
+    """Load the manifest and check that a local folder holds every shard and index in full size.
+
+    Files of other stores are checked, SHA-256 included, when they are fetched; those of a folder in `verify`.
     Raises UserError that names the first shard at fault, or if the folder holds shards of another kind.
     """
-    manifest = Manifest.load(folder)
+    store = _store(location)
+    manifest = Manifest.load(store)
     if kind and manifest.kind != kind:
-        raise UserError(f"{folder} holds {manifest.kind} shards, {kind} shards are needed; give another folder")
+        raise UserError(
+            f"{store.location} holds {manifest.kind} shards, {kind} shards are needed; give another folder"
+        )
+    sizes = store.sizes()
+    if sizes is None:
+        return manifest
     for shard in manifest.shards:
         for name, size in ((shard.name, shard.bytes), (index_name(shard.name), shard.index_bytes)):
-            path = Path(folder) / name
-            if not path.is_file():
-                raise UserError(f"shard file {path} is missing; restore it or write the shards again")
-            if path.stat().st_size != size:
+            found = sizes.get(name)
+            if found is None:
+                raise UserError(f"shard file {store.where(name)} is missing; restore it or write the shards again")
+            if found != size:
                 raise UserError(
-                    f"shard file {path} has {path.stat().st_size:,} bytes instead of {size:,}; "
+                    f"shard file {store.where(name)} has {found:,} bytes instead of {size:,}; "
                     "restore it or write the shards again"
                 )
     return manifest
+
+
+def _store(location: str | Path | Store) -> Store:
+    return location if isinstance(location, Store) else open_store(location, StoreConfig())

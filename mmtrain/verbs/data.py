@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,14 @@ def main(argv: list[str]) -> int:
 def describe(folder: Path) -> str:
     """One line on a folder of token shards."""
     manifest = Manifest.load(folder)
-    lengths = TokenShards(folder).lengths
+    counts: Counter[int] = Counter()  # of documents by length: the lengths themselves may be billions
+    for shard in TokenShards(folder).lengths():
+        lengths, documents = np.unique(shard, return_counts=True)
+        counts.update(dict(zip(lengths.tolist(), documents.tolist(), strict=True)))
+    lengths, documents = np.array(sorted(counts.items())).T
+    median = lengths[np.searchsorted(np.cumsum(documents), (manifest.documents + 1) // 2)]
     return (
         f"{manifest.documents:,} documents, {manifest.text_tokens:,} text and {manifest.image_tokens:,} image tokens, "
-        f"{manifest.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards, median length {int(np.median(lengths))}, "
-        f"longest {int(lengths.max())}"
+        f"{manifest.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards, median length {median}, "
+        f"longest {lengths[-1]}"
     )
