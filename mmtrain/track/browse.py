@@ -1,7 +1,7 @@
 """browse.html: documents of a corpus as they are stored, as tokens, and as the tokens give them back, in one file."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mmtrain.tokens.quality import psnr
 from mmtrain.track import page
 from mmtrain.track.page import key_text, text, value_text
 from mmtrain.track.secrets import redact_text
-from mmtrain.track.statistics import EOS_TOKENS, kind_of
+from mmtrain.track.statistics import EOS_TOKENS, cluster_of, kind_of
 from mmtrain.track.thumbnails import image_element, thumbnail
 from mmtrain.track.token_view import code_grid, code_map, piece_attributes, span, strip
 
@@ -104,8 +104,9 @@ LEGEND = (
     "<kbd>f</kbd> fold all. The strip shows a document's segments, "
     '<span class="key text">text</span> and <span class="key image">pictures</span>, and a line where a sequence ends. '
     "In the token view a block is one token, or several that only together are a character; point at it for its id. "
-    "In a map of codes, equal colors are equal codes. Pictures are scaled down for this page; what looks like a secret "
-    "is shown as [redacted]; <code>mmtrain data inspect ID</code> shows a document as it is."
+    "Beside a reconstruction stands its PSNR; in the map of codes, equal colors are equal codes. Pictures are scaled "
+    "down for this page, and what looks like a secret is shown as [redacted]: <code>mmtrain data inspect ID</code> "
+    "shows a document as it is."
 )
 
 
@@ -118,7 +119,8 @@ def _card(number: int, shown: Shown, data: BrowseData) -> str:
     if len(blocks) > SEGMENTS_AT_ONCE + 2:
         left = len(blocks) - SEGMENTS_AT_ONCE
         rest = "".join(blocks[SEGMENTS_AT_ONCE:])
-        blocks = [*blocks[:SEGMENTS_AT_ONCE], f'<details class="rest"><summary>{left} more segments</summary>{rest}</details>']
+        folded = f'<details class="rest"><summary>{left} more segments</summary>{rest}</details>'
+        blocks = [*blocks[:SEGMENTS_AT_ONCE], folded]
     bar = "" if shown.tokens is None else strip(length, shown.segments, data.sequence_length)
     meta = json.dumps(document.meta, ensure_ascii=False, indent=1)
     return (
@@ -132,15 +134,17 @@ def _card(number: int, shown: Shown, data: BrowseData) -> str:
 
 def _chips(shown: Shown, kind: str, data: BrowseData) -> str:
     document = shown.document
-    chips = [shown.split, f"source {document.source}", kind, f"{len(document.images)} pictures"]
+    number = len(document.images)
+    chips = [shown.split, f"source {document.source}", kind, f"{number} picture{'' if number == 1 else 's'}"]
     if shown.tokens is not None:
         capacity = data.sequence_length - EOS_TOKENS
         windows = -(-len(shown.tokens) // capacity)
         fit = "fits" if windows <= 1 else f"{len(shown.tokens) / capacity:.1f} times what fits"
         chips.append(f"{len(shown.tokens):,} tokens, {fit} in {data.sequence_length:,}")
-    if "cluster" in document.meta and shown.cluster_size is not None:
+    cluster = cluster_of(document.meta)
+    if cluster is not None and shown.cluster_size is not None:
         alone = "alone in its cluster" if shown.cluster_size == 1 else f"1 of {shown.cluster_size:,} in its cluster"
-        chips.append(f"{alone} ({document.meta['cluster']})")
+        chips.append(f"{alone} ({cluster})")
     return "".join(f'<span class="chip">{text(chip, 200)}</span>' for chip in chips)
 
 
@@ -153,16 +157,17 @@ def _blocks(shown: Shown, data: BrowseData) -> list[str]:
     fits = {kind: len(queues[kind]) == count for kind, count in expected.items()}
     blocks = []
     if shown.tokens is None or not all(fits.values()):
-        what = "has no tokens yet" if shown.tokens is None else "has other tokens than segments: prepare the tokens again"
-        blocks.append(f'<p class="warning">This document {what}.</p>')
+        missing = "There are no tokens of this document."
+        differ = "The stored tokens have other segments than this document: they belong to another state of the corpus."
+        blocks.append(f'<p class="warning">{missing if shown.tokens is None else differ}</p>')
         queues = {"text": [], "image": []}
     texts, images = iter(queues["text"]), iter(queues["image"])
-    pictures = _reconstructions(shown, queues["image"][:DETAILED_PICTURES], data)
+    details = _reconstructions(shown, queues["image"][:DETAILED_PICTURES], data)
     for segment, ids in zip(document.segments, local, strict=True):
         if isinstance(segment, str):
             blocks.append(_text_block(segment, ids or [], next(texts, None) if ids else None, shown, data))
         else:
-            blocks.append(_picture_block(segment, next(images, None), next(pictures, None), data))
+            blocks.append(_picture_block(segment, next(images, None), next(details, None), data))
     return blocks
 
 
@@ -178,7 +183,8 @@ def _text_block(
         if ids.tolist() != list(expected):
             note = '<p class="warning">The text tokenizer gives other tokens for this text than are stored.</p>'
         elif decoded != words:
-            note = f'<p class="warning">The tokens decode to another text:</p><div class="words" dir="auto">{text(decoded, LONGEST_SEGMENT)}</div>'
+            other = f'<div class="words" dir="auto">{text(decoded, LONGEST_SEGMENT)}</div>'
+            note = f'<p class="warning">The tokens decode to another text:</p>{other}'
         if redact_text(decoded) == decoded:  # a secret in pieces would pass unseen
             kept = ids[:MOST_PIECES].tolist()
             attributes = piece_attributes(kept, segment.start, data.vocabulary.text_start, data.text.decode)
@@ -201,7 +207,7 @@ def _picture_block(image: Image, segment: TokenSegment | None, detail: str | Non
     )
 
 
-def _reconstructions(shown: Shown, segments: Sequence[TokenSegment], data: BrowseData) -> Iterable[str]:
+def _reconstructions(shown: Shown, segments: Sequence[TokenSegment], data: BrowseData) -> Iterator[str]:
     """Figures of the pictures that the codes of `segments` decode to, and of the codes."""
     if shown.tokens is None or any(s.length != data.image.tokens_per_image for s in segments) or not segments:
         return iter(())
@@ -215,7 +221,7 @@ def _reconstructions(shown: Shown, segments: Sequence[TokenSegment], data: Brows
 def _detail(image: Image, codes: np.ndarray, pixels: np.ndarray, data: BrowseData) -> str:
     try:
         truth = decode_square(image.data, data.image.image_size)
-        quality = f", PSNR {psnr(truth[None], pixels[None])[0]:.1f} dB"
+        quality = f", {psnr(truth[None], pixels[None])[0]:.1f} dB"
     except BadImage:
         quality = ""
     back = image_element(pixels, data.allowance, SIDE, "picture from the tokens")
@@ -223,7 +229,7 @@ def _detail(image: Image, codes: np.ndarray, pixels: np.ndarray, data: BrowseDat
     rows = "\n".join(" ".join(map(str, row)) for row in grid.tolist())
     shown = image_element(code_map(grid), MOST_ALLOWANCE, SIDE, "map of the codes").replace("<img", "<img data-map", 1)
     return (
-        f"<figure>{back}<figcaption>from its tokens{quality}</figcaption></figure>"
+        f"<figure>{back}<figcaption>from tokens{quality}</figcaption></figure>"
         f'<figure class="codes">{shown}<figcaption><span class="code">{len(np.unique(codes))} of {len(codes)} codes '
         f"differ</span><details><summary>codes</summary><pre>{rows}</pre></details></figcaption></figure>"
     )
@@ -239,7 +245,7 @@ def _neighbours(shown: Shown, data: BrowseData) -> str:
         for document, score in shown.neighbours
     )
     inside = f'<div class="row small">{cards}</div>' if cards else '<p class="soft">none passed the filters</p>'
-    return f'<details class="neighbours"><summary>nearest neighbors</summary>{inside}</details>'
+    return f'<details class="neighbours" open><summary>nearest neighbors</summary>{inside}</details>'
 
 
 def _first_picture(document: Document, data: BrowseData) -> str:
@@ -250,5 +256,6 @@ def _first_picture(document: Document, data: BrowseData) -> str:
 
 def _same(shown: Shown, document: Document) -> str:
     """A warning where a near-duplicate came through as a neighbour."""
-    own = shown.document.meta.get("cluster")
-    return '<span class="warning">same cluster</span> ' if own is not None and own == document.meta.get("cluster") else ""
+    own = cluster_of(shown.document.meta)
+    same = own is not None and own == cluster_of(document.meta)
+    return '<span class="warning">same cluster</span> ' if same else ""

@@ -32,8 +32,7 @@ def corpus_statistics(
     splits: dict[str, Any] = {}
     done = 0
     for split, shards in documents.items():
-        offset = done
-        splits[split], clusters[split] = document_statistics(shards, lambda n, offset=offset: advance(offset + n))
+        splits[split], clusters[split] = document_statistics(shards, advance, done)
         done += len(shards)
         if split in tokens:
             splits[split]["tokens"] = token_statistics(tokens[split], sequence_length)
@@ -42,9 +41,12 @@ def corpus_statistics(
 
 
 def document_statistics(
-    shards: DocumentShards, advance: Advance = lambda done: None
+    shards: DocumentShards, advance: Advance, before: int
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """Numbers on the documents of one split, and how many documents each near-duplicate cluster has."""
+    """Numbers on the documents of one split, and how many documents each near-duplicate cluster has.
+
+    before: documents that `advance` has counted already.
+    """
     totals: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     formats: Counter[str] = Counter()
@@ -68,9 +70,9 @@ def document_statistics(
             if info is not None:
                 longer[max(info["width"], info["height"])] += 1
                 shorter[min(info["width"], info["height"])] += 1
-        if "cluster" in content["meta"]:
-            clusters[str(content["meta"]["cluster"])] += 1
-        advance(i + 1)
+        if (cluster := cluster_of(content["meta"])) is not None:
+            clusters[cluster] += 1
+        advance(before + i + 1)
     manifest = shards.manifest
     return {
         "documents": manifest.documents,
@@ -93,6 +95,11 @@ def document_statistics(
 def kind_of(num_texts: int, num_pictures: int) -> str:
     """What a document is made of."""
     return "mixed" if num_texts and num_pictures else "text only" if num_texts else "picture only"
+
+
+def cluster_of(meta: Mapping[str, Any]) -> str | None:
+    """Name of the near-duplicate cluster of a document, None where it has none."""
+    return str(meta["cluster"]) if "cluster" in meta else None
 
 
 def token_statistics(shards: TokenShards, sequence_length: int) -> dict[str, Any]:

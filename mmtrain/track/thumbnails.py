@@ -12,6 +12,7 @@ from mmtrain.track.page import text
 
 SIDES = (384, 256, 160, 96, 48)
 LOSSY_QUALITY = 80
+LOSSY_BYTES_PER_PIXEL = 0.1  # about; it saves encoding at sides that will not fit
 
 
 def thumbnail(image: Image, allowance: int, shown: int, label: str) -> str:
@@ -19,8 +20,10 @@ def thumbnail(image: Image, allowance: int, shown: int, label: str) -> str:
 
     allowance: most bytes (before base64), kept but for the last of SIDES. shown: side on the page, in CSS pixels.
     """
+    fitting = [side for side in SIDES if LOSSY_BYTES_PER_PIXEL * side**2 <= allowance]
+    largest = fitting[0] if fitting else SIDES[-1]
     try:
-        png = downscale_to_png(image.data, min(SIDES[0], max(image.width, image.height, 1)))
+        png = downscale_to_png(image.data, min(largest, max(image.width, image.height, 1)))
     except BadImage as error:
         return f'<span class="soft">[{text(error)}]</span>'
     with PIL.Image.open(io.BytesIO(png)) as picture:

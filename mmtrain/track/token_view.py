@@ -42,11 +42,11 @@ def strip(length: int, segments: Sequence[TokenSegment], sequence_length: int) -
         f"<title>{segment.kind}, {span(segment)}</title></rect>"
         for segment in segments
     )
-    lines = "".join(
-        f'<line x1="{at}" y1="-1" x2="{at}" y2="11"></line>' for at in range(sequence_length, whole + 1, sequence_length)
-    )
+    ends = range(sequence_length, whole + 1, sequence_length)
+    lines = "".join(f'<line x1="{end}" y1="-1" x2="{end}" y2="11"></line>' for end in ends)
     shape = f'viewBox="0 -1 {whole} 12" preserveAspectRatio="none" role="img" aria-label="segments of the document"'
-    return f'<svg class="strip" {shape}><rect class="free" x="0" y="0" width="{whole}" height="10"></rect>{bars}{lines}</svg>'
+    free = f'<rect class="free" x="0" y="0" width="{whole}" height="10"></rect>'
+    return f'<svg class="strip" {shape}>{free}{bars}{lines}</svg>'
 
 
 def span(segment: TokenSegment) -> str:

@@ -14,7 +14,7 @@ from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import TokenSegment
 from mmtrain.track import closing_box
 from mmtrain.track.browse import BrowseData, Shown, write_browse
-from mmtrain.track.statistics import EOS_TOKENS
+from mmtrain.track.statistics import EOS_TOKENS, cluster_of
 from mmtrain.verbs.inspect import Place, at, find
 from mmtrain.verbs.prepared import PreparedCorpus, open_corpus
 from mmtrain.verbs.progress import Bar
@@ -36,7 +36,9 @@ def main(config: Config, words: list[str]) -> int:
     numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
     names = [word for word in words if word not in paths and not (word.isascii() and word.isdigit())]
     if len(paths) > 1 or len(numbers) > 1 or sum(numbers) > MOST_DOCUMENTS:
-        raise UserError(f"`mmtrain data browse` takes one number of up to {MOST_DOCUMENTS:,} and one .html file at most")
+        raise UserError(
+            f"`mmtrain data browse` takes one number of documents (at most {MOST_DOCUMENTS:,}), ids and one .html file"
+        )
     corpus = open_corpus(config, with_neighbours=True)
     path = Path(paths[0]) if paths else corpus.folder / PAGE
     places = [find(corpus.documents, name) for name in names]
@@ -58,11 +60,11 @@ def collect(config: Config, corpus: PreparedCorpus, places: Sequence[Place]) -> 
     """What the page shows of the documents at `places`, read one at a time while the page is written."""
     total = sum(map(len, corpus.documents.values()))
     vocabulary = next(iter(corpus.tokens.values())).vocabulary
-    pictures = [name for split, i in places for name in corpus.documents[split].content(i)["images"] if name is not None]
+    images = [name for split, i in places for name in corpus.documents[split].content(i)["images"]]
     capacity = config.stream.sequence_length - EOS_TOKENS
     fit = sum(int((shards.lengths <= capacity).sum()) for shards in corpus.tokens.values())
     facts = [
-        *((f"{split} documents", len(shards)) for split, shards in corpus.documents.items()),
+        *((f"{split}", len(shards)) for split, shards in corpus.documents.items()),
         ("text tokens", sum(shards.manifest.text_tokens for shards in corpus.tokens.values())),
         ("image tokens", sum(shards.manifest.image_tokens for shards in corpus.tokens.values())),
         (f"fit in {config.stream.sequence_length:,} tokens", f"{fit / total:.1%}"),
@@ -71,7 +73,7 @@ def collect(config: Config, corpus: PreparedCorpus, places: Sequence[Place]) -> 
         title=f"corpus {config.corpus.name}",
         subtitle=f"{len(places):,} of {total:,} documents, drawn with seed {config.seed}",
         documents=shown(corpus, places, cluster_sizes(corpus.documents, places)),
-        num_pictures=len(pictures),
+        num_pictures=sum(name is not None for name in images),
         text=corpus.text,
         image=corpus.image,
         vocabulary=vocabulary,
@@ -82,14 +84,16 @@ def collect(config: Config, corpus: PreparedCorpus, places: Sequence[Place]) -> 
 
 def cluster_sizes(documents: Mapping[str, DocumentShards], places: Sequence[Place]) -> Counter[str]:
     """Documents of the whole corpus in the near-duplicate clusters of the documents at `places`."""
-    wanted = {meta["cluster"] for split, i in places if "cluster" in (meta := documents[split].meta(i))}
+    wanted = {cluster_of(documents[split].meta(i)) for split, i in places} - {None}
     sizes: Counter[str] = Counter()
-    if wanted:
-        with Bar("counting near-duplicates", sum(map(len, documents.values()))) as advance:
-            for done, (shards, i) in enumerate(((s, i) for s in documents.values() for i in range(len(s))), start=1):
-                cluster = shards.meta(i).get("cluster")
-                sizes[cluster] += cluster in wanted
-                advance(done)
+    if not wanted:
+        return sizes
+    with Bar("counting near-duplicates", sum(map(len, documents.values()))) as advance:
+        for done, (shards, i) in enumerate(((s, i) for s in documents.values() for i in range(len(s))), start=1):
+            cluster = cluster_of(shards.meta(i))
+            if cluster is not None and cluster in wanted:
+                sizes[cluster] += 1
+            advance(done)
     return sizes
 
 
@@ -100,8 +104,9 @@ def shown(corpus: PreparedCorpus, places: Sequence[Place], clusters: Mapping[str
             advance(done)
             document = corpus.documents[split][i]
             tokens, segments = _tokens(corpus.tokens.get(split), document.id)
-            size = clusters.get(document.meta["cluster"]) if "cluster" in document.meta else None
-            yield Shown(document, split, tokens, segments, size, _neighbours(corpus, split, i))
+            cluster = cluster_of(document.meta)
+            cluster_size = clusters[cluster] if cluster is not None else None
+            yield Shown(document, split, tokens, segments, cluster_size, _neighbours(corpus, split, i))
 
 
 def _tokens(shards: TokenShards | None, id: str) -> tuple[np.ndarray | None, Sequence[TokenSegment]]:

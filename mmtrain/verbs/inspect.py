@@ -16,6 +16,7 @@ from mmtrain.documents import Document
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import TextTokenizer, tokens_to_segments
 from mmtrain.track.page import UNSAFE
+from mmtrain.track.statistics import cluster_of
 from mmtrain.verbs.prepared import open_corpus
 
 FIRST_DOCUMENTS = 3
@@ -71,9 +72,8 @@ def at(documents: Mapping[str, DocumentShards], index: int) -> Place:
             return split, rest
         rest -= len(shards)
     total = sum(map(len, documents.values()))
-    raise UserError(
-        f"there is no document {index:,}: {' and '.join(documents)} hold {total:,}, counted from 0; give a smaller number"
-    )
+    names = " and ".join(documents)
+    raise UserError(f"there is no document {index:,} of {names}: give a number from 0 to {total - 1:,}, or an id")
 
 
 def _ids_around(shards: DocumentShards, name: str) -> list[str]:
@@ -99,8 +99,8 @@ def show(
     document = documents[i]
     console.rule(Text(document.id, style="bold"), align="left")
     facts = {"source": document.source, "split": f"{split}, document {i:,} of {len(documents):,}"}
-    if "cluster" in document.meta:
-        facts["cluster"] = str(document.meta["cluster"])
+    if (cluster := cluster_of(document.meta)) is not None:
+        facts["cluster"] = cluster
     facts["meta"] = _cut(json.dumps(document.meta, ensure_ascii=False), full)
     for label, value in facts.items():
         console.print(_line(f"{label:<10}", value))
