@@ -78,6 +78,9 @@ class DedupeConfig:
     max_picture_uses: int = knob(0, "Drop a picture that is in more documents (OBELICS: 10; 0: keep all). The captions of one picture are several documents.", minimum=0)
     texts: bool = knob(True, "Documents with nearly the same text are near-duplicates.")
     text_similarity: float = knob(0.8, "Share of the runs of five words that two texts have in common (Jaccard), from which on they are nearly the same.", minimum=0.3, maximum=1.0)
+
+
+@dataclass
 class StoreConfig:
     """Where shards come from, and the cache of those that are far away. A local folder is read in place."""
 

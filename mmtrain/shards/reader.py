@@ -16,6 +16,7 @@ import numpy as np
 
 from mmtrain.config import StoreConfig, UserError
 from mmtrain.documents import Document, Image
+from mmtrain.documents.tars import BLOCK_BYTES
 from mmtrain.shards.index import ShardIndex, load_index
 from mmtrain.shards.manifest import DOCUMENTS, TOKENS, VOCABULARY, index_name, open_manifest
 from mmtrain.shards.store import Store, open_store
@@ -142,14 +143,38 @@ class _Shards:
         shard, row = self._locate(i)
         return self._index(shard).ids[row].decode()
 
+    def content(self, i: int) -> dict[str, Any]:
+        """KEY.json of document i, without its pictures or tokens."""
+        return self._json(*self._locate(i))
+
     def meta(self, i: int) -> dict[str, Any]:
         """The document's meta."""
-        return self._json(*self._locate(i))["meta"]
+        return self.content(i)["meta"]
+
+    def place(self, i: int) -> tuple[str, int, int]:
+        """Where document i lies: its tar, and offset and size in bytes of all its members with their headers."""
+        shard, row = self._locate(i)
+        index = self._index(shard)
+        parts = index.parts[index.part_start[row] : index.part_start[row + 1]]
+        start = int(index.json[row][0]) - BLOCK_BYTES
+        end = max([int(index.json[row].sum()), *parts.sum(axis=1).tolist()])
+        size = -(-(end - start) // BLOCK_BYTES) * BLOCK_BYTES  # members are padded to whole blocks
+        return self.store.where(self.manifest.shards[shard].name), start, size
+
+    @property
+    def part_bytes(self) -> np.ndarray:
+        """Size of every picture (of every document's token ids) in bytes, in writing order: (m,) int64."""
+        return np.concatenate([self._index(shard).parts[:, 1] for shard in range(len(self.manifest.shards))])
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of all documents: (n,) fixed-width bytes, ASCII."""
+        return np.concatenate([self._index(shard).ids for shard in range(len(self.manifest.shards))])
 
     def index_of(self, id: str) -> int:
         """Index of the document with this id. Reads every index the first time. Raises KeyError if there is none."""
         if self._sorted_ids is None:
-            ids = np.concatenate([self._index(shard).ids for shard in range(len(self.manifest.shards))])
+            ids = self.ids
             order = np.argsort(ids, kind="stable")
             self._sorted_ids = ids[order], order
         ids, order = self._sorted_ids

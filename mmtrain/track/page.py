@@ -5,6 +5,7 @@ encoded again, and the page's content security policy forbids scripts and anythi
 """
 
 import base64
+import hashlib
 import html
 import io
 import re
@@ -200,12 +201,19 @@ def plot(data: bytes, alt: str, pixelated: bool = False) -> str:
     return f'<img class="plot{" pixels" if pixelated else ""}" src="{uri}" alt="{text(alt, 200)}">'
 
 
-def page(title: str, body: str) -> str:
-    """The whole document. `body` is HTML made by the functions of this file."""
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """The whole document. `body` is HTML made by the functions of this file.
+
+    style: CSS after that of all pages. script: JavaScript of ours, the only one that the policy lets run.
+    """
+    policy, code = POLICY, ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, code = f"{POLICY}; script-src 'sha256-{digest}'", f"<script>{script}</script>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{text(title, 120)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{text(title, 120)}</title><style>{STYLE}{style}</style></head>\n<body>\n{body}\n{code}</body></html>\n"
     )

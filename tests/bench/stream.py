@@ -80,7 +80,7 @@ def of_mmtrain(shards: TokenShards) -> Documents:
 def of_webdataset(shards: TokenShards) -> Documents:
     import webdataset
 
-    urls = [str(shards.folder / shard.name) for shard in shards.manifest.shards]
+    urls = [str(Path(shards.store.location) / shard.name) for shard in shards.manifest.shards]
     while True:
         for sample in webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(SHUFFLE_BUFFER):
             yield np.load(io.BytesIO(sample[MEMBER]))
@@ -113,7 +113,7 @@ def of_energon(folder: Path) -> Documents:
 def prepare_energon(shards: TokenShards, folder: Path) -> Path:
     folder.mkdir()
     for shard in shards.manifest.shards:
-        shutil.copy(shards.folder / shard.name, folder / shard.name)
+        shutil.copy(Path(shards.store.location) / shard.name, folder / shard.name)
     command = "--non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --num-workers 1 --no-progress"
     subprocess.run(["energon", "prepare", *command.split(), str(folder)], check=True, stdout=subprocess.DEVNULL)
     return folder
