@@ -5,13 +5,14 @@ It must never let a batch depend on anything but seed and step: not on the numbe
 asked before, on prefetching, or on the clock.
 """
 
-from mmtrain.stream.batch import COLUMNS, Batch, BatchCounts
+from mmtrain.stream.batch import CACHE, COLUMNS, Batch, BatchCounts
 from mmtrain.stream.order import Order, permute
 from mmtrain.stream.prefetch import Batches, prefetch
 from mmtrain.stream.source import Source
 from mmtrain.stream.stream import Stream, merge_states
 
 __all__ = [
+    "CACHE",
     "COLUMNS",
     "Batch",
     "BatchCounts",

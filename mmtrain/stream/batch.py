@@ -12,10 +12,12 @@ from mmtrain.tokens import MODALITIES, Vocabulary
 
 KINDS = (*MODALITIES, "retrieved")
 RETRIEVED = KINDS.index("retrieved")
-COLUMNS = ("documents", "sequences", "split_documents", "dropped_retrieved", *KINDS, "taken")
+CACHE = ("cache_hits", "cache_misses", "downloaded_bytes")
+COLUMNS = ("documents", "sequences", "split_documents", "dropped_retrieved", *KINDS, *CACHE, "taken")
 """What is counted for each source: documents begun in these rows, their training sequences, documents split into
-windows, retrieved documents left out because they did not fit, tokens by kind, and documents that the lanes of these
-rows have taken since the start of the run, summed over the rows."""
+windows, retrieved documents left out because they did not fit, tokens by kind, what the store did since the last batch
+(0 for local folders), and documents that the lanes of these rows have taken since the start of the run, summed over
+the rows."""
 FIRST_KIND = COLUMNS.index(KINDS[0])
 
 
@@ -74,7 +76,7 @@ def collate(
 ) -> tuple[Batch, BatchCounts]:
     """Lay the sequences of each row side by side; each row's lengths add up to at most `sequence_length`.
 
-    sources: for every sequence the number of its source. The column "taken" of the counts is left 0.
+    sources: for every sequence the number of its source. The columns after the tokens are left 0.
     """
     shape = (len(rows), sequence_length)
     tokens = np.full(shape, vocabulary.pad, dtype=np.int64)

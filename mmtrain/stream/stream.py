@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
-from mmtrain.stream.batch import Batch, BatchCounts, collate
+from mmtrain.stream.batch import CACHE, Batch, BatchCounts, collate
 from mmtrain.stream.lanes import Lane
 from mmtrain.stream.mixture import quotas
 from mmtrain.stream.source import Recipe, Source
@@ -68,6 +68,7 @@ class Stream:
             for index in range(config.lanes)
         ]
         self._quotas: tuple[int, dict[str, int]] = (-1, {})
+        self._cache_seen = np.zeros((len(sources), len(CACHE)), dtype=np.int64)
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class Stream:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._cache_seen = np.zeros_like(self._cache_seen)  # so do the stores in another process
         self._lock = threading.RLock()
 
     @property
@@ -112,7 +114,16 @@ class Stream:
             self._last_step = step
         batch, counts = collate(rows, sources, len(numbers), self.config.sequence_length, self.vocabulary)
         counts.by_source[:, -1] = taken
+        counts.by_source[:, -1 - len(CACHE) : -1] = self._cache_counts()
         return batch, replace(counts, seconds=time.perf_counter() - started)
+
+    def _cache_counts(self) -> np.ndarray:
+        """(sources, len(CACHE)) int64: what the stores did since the last call."""
+        with self._lock:
+            counts = [source.tokens.store.counts for source in self._sources.values()]
+            now = np.array([(c.hits, c.misses, c.bytes_downloaded) for c in counts], dtype=np.int64)
+            since, self._cache_seen = now - self._cache_seen, now
+        return since
 
     def _row_quotas(self, lane: int, row: int) -> Mapping[str, int]:
         """Credit of the sources per token drawn for a row of a lane, by the shares at the step that the row is in."""

@@ -10,7 +10,7 @@ import torch
 
 from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
-from mmtrain.stream import Batch, BatchCounts, Batches, Stream, merge_states, prefetch
+from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
 from mmtrain.train.checkpoint import Checkpoint, save_checkpoint
@@ -141,7 +141,8 @@ def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
     for source in run.stream.sources:
         counts = totals.by_source[source.name]
         taken = counts.pop("taken") / totals.rows * run.config.stream.lanes
-        row |= {f"data/{source.name}/{name}": count for name, count in counts.items()}
+        is_remote = any(counts[name] for name in CACHE)
+        row |= {f"data/{source.name}/{name}": n for name, n in counts.items() if is_remote or name not in CACHE}
         row[f"data/{source.name}/share"] = sum(counts[kind] for kind in totals.tokens) / totals.num_tokens
         row[f"data/{source.name}/epochs"] = taken / len(source.tokens)
     return row

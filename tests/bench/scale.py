@@ -74,10 +74,11 @@ def measure(template: Path, manifest: Path) -> None:
     stream = Stream([Source("corpus", shards)], shards.vocabulary, config, ObjectiveConfig(), None, seed=0)
     opened = time.perf_counter() - started
     print(f"{len(shards):,} documents in {len(shards.manifest.shards):,} shards")
-    print(f"opened, stream built: {opened:.2f} s, {memory_mb() - before:.0f} MB more (peak of the process {memory_mb():.0f})")
+    print(f"opened, stream built: {opened:.2f} s, peak of the process {memory_mb():.0f} MB ({before:.0f} before)")
     started = time.perf_counter()
     stream.batch(0)
-    print(f"first batch ({config.global_batch} rows of {config.sequence_length}): {time.perf_counter() - started:.2f} s")
+    elapsed = time.perf_counter() - started
+    print(f"first batch ({config.global_batch} rows of {config.sequence_length}, one process): {elapsed:.2f} s")
     state = stream.state()
     print(f"state: {len(json.dumps(state)):,} bytes for {config.lanes} lanes")
 
