@@ -74,7 +74,9 @@ def test_members_of_a_document_come_in_any_order(tmp_path):
     write_tar(tmp_path / "b.tar", page(1), dict(reversed(page(2).items())))
     (tmp_path / "a").mkdir()
     with webdataset.TarWriter(str(tmp_path / "a" / "a.tar")) as writer:  # sorts the members, with extended headers
-        writer.write({"__key__": "x/k", **{name.partition(".")[2].upper(): data for name, data in page(3).items()}})
+        members = {name.partition(".")[2].upper(): data for name, data in page(3).items()}
+        members["JSON"] = members["JSON"].replace(b"b.png", b"B.Png")
+        writer.write({"__key__": "x/k", **members})
     documents, account = read(tmp_path)
     assert [shape(document) for document in documents] == [whole(3), whole(1), whole(2)]
     assert documents[0].source == "pages" and documents[0].meta == {"path": "a/a.tar/x/k"}
@@ -146,6 +148,8 @@ BAD_RECORDS = {
     "duplicate key ": {**page(2), "0001.txt": b"late"},
     "no json": {"bad.0.jpg": png(1), "bad.1.jpg": png(2)},
     "no json ": {"bad.npy": b"x"},
+    "no json  ": {"bad.0.jpg": png(1)},
+    "no json   ": {"bad.jpg": png(1), "bad.png": png(2)},
     "text is not UTF-8": {"bad.txt": b"\xe9"},
     "txt too large": {"bad.txt": b" " * (2**24 + 1)},
     "a multi-frame TIFF is not supported": document("bad", {"texts": [None], "images": ["page_0"]}, tiff=b"II*\0"),
@@ -230,6 +234,14 @@ def test_a_tar_cut_anywhere_delivers_what_is_whole_and_names_the_cut(tmp_path):
             # Of a document whose first member was whole something is known: it is counted on its own.
             seen = sum(cut >= starts[3 * n] + 2 * BLOCK for n in range(4))
             assert len(documents) + account.bad["document cut off by a damaged tar"] == seen
+
+
+def test_a_cut_behind_a_text_may_have_cost_its_json(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.txt": b"one", "2.txt": b"two", "2.json": b"{}"})
+    path.write_bytes(path.read_bytes()[: 4 * BLOCK])
+    documents, account = read(path)
+    assert [shape(document) for document in documents] == [["one"]]
+    assert account.bad == {"damaged tar": 1, "document cut off by a damaged tar": 1}
 
 
 def test_a_flipped_byte_in_any_header_is_named_and_costs_nothing_before_it(tmp_path):
