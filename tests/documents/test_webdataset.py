@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 import zlib
@@ -289,12 +290,15 @@ def test_what_cannot_be_opened_is_counted_or_one_sentence(tmp_path):
         read(inside)
     (inside / "folder").symlink_to(tmp_path)
     (inside / "d.tar").mkdir()
-    write_tar(inside / "a.tar", page(1))
+    (inside / ".git").mkdir()
+    write_tar(inside / "a.TAR", page(1))
     (inside / ".hidden.tar").write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(inside) + b"/\xff.tar")).write_bytes(b"x")
     documents, account = read(inside)
     assert len(documents) == 1
-    assert account.bad == {"path leaves the folder": 1} and account.skipped == {"link to a folder": 1}
+    assert account.bad == {"path leaves the folder": 1, "file name that is not UTF-8": 1}
+    assert account.skipped == {"link to a folder": 1, "hidden folder": 1, "hidden file": 1}
     corpus = WebDataset(CorpusConfig(path=str(inside)), Path())
     partitions = corpus.partitions(Account())
-    (inside / "a.tar").unlink()
+    (inside / "a.TAR").unlink()
     assert not list(corpus.documents(partitions[0], account := Account())) and account.bad == {"unreadable file": 1}
