@@ -1,12 +1,12 @@
 """The files of a corpus: which there are and which may be opened, and the folder of downloaded pictures."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mmtrain.config import CorpusConfig, UserError
 from mmtrain.documents.captioned import PICTURE_SUFFIXES, is_inside, largest_picture_bytes, relative_name
-from mmtrain.documents.corpus import Account
+from mmtrain.documents.corpus import Account, printable
 from mmtrain.documents.interleaved import TOO_LARGE, Picture
 
 UNREADABLE = "unreadable file"
@@ -16,8 +16,8 @@ OUTSIDE = "path leaves the folder"
 def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, account: Account) -> list[str]:
     """Names, relative to corpus.path, of the files to read; its own name where corpus.path is a file.
 
-    Sorted; folders below are searched, hidden ones and links to folders are not. Raises UserError, which ends with
-    `how` to mend it, where there is nothing to read.
+    Sorted; folders below are searched, hidden ones and links to folders are not. suffixes: in lower case. Raises
+    UserError, which ends with `how` to mend it, where there is nothing to read.
     """
     kinds = " or ".join(suffixes)
     if not config.path:
@@ -25,7 +25,7 @@ def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, accoun
     root = Path(config.path)
     if not root.exists():
         raise UserError(f"corpus.path={config.path} does not exist; {how}.")
-    if root.is_file() and root.name.endswith(suffixes):
+    if root.is_file() and root.name.lower().endswith(suffixes):
         return [root.name]
     if not root.is_dir():
         raise UserError(f"corpus.path={config.path} is neither a folder nor a {kinds}; {how}.")
@@ -33,9 +33,13 @@ def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, accoun
     resolved = root.resolve()
     for path in _walk(root, account):
         name = relative_name(path, root)
-        if not path.name.endswith(suffixes):
+        if not path.name.lower().endswith(suffixes):
             continue
-        if not is_inside(path, resolved):
+        if path.name.startswith("."):
+            account.skip("hidden file", name)
+        elif name != printable(name):  # a partition is JSON
+            account.spoil("file name that is not UTF-8", name)
+        elif not is_inside(path, resolved):
             account.spoil(OUTSIDE, name)
         elif not path.is_file():  # a pipe would be read forever
             account.spoil(UNREADABLE, name)
@@ -47,8 +51,8 @@ def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, accoun
     return sorted(names)
 
 
-def _walk(root: Path, account: Account) -> Iterable[Path]:
-    """All files below root; what cannot be entered is counted."""
+def _walk(root: Path, account: Account) -> Iterator[Path]:
+    """All files below root; folders that are not entered are counted."""
 
     def unreadable(error: OSError) -> None:
         account.spoil("unreadable folder", relative_name(Path(error.filename), root))
@@ -57,8 +61,10 @@ def _walk(root: Path, account: Account) -> Iterable[Path]:
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
                 account.skip("link to a folder", relative_name(Path(folder, name), root))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
+            elif name.startswith("."):
+                account.skip("hidden folder", relative_name(Path(folder, name), root))
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk follows no links
+        yield from (Path(folder, name) for name in files)
 
 
 def file_path(config: CorpusConfig, name: str) -> Path:

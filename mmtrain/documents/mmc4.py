@@ -56,7 +56,7 @@ class Mmc4(Corpus):
     def documents(self, partition: Partition, account: Account) -> Iterator[Document]:
         name = partition["file"]
         folder = PictureFolder(self.config)
-        is_tar = name.endswith(".tar")
+        is_tar = name.lower().endswith(".tar")
         records = _tar_records if is_tar else _line_records
         for path, suffix, data in records(file_path(self.config, name), name, account):
             try:
@@ -183,10 +183,11 @@ def _line_records(path: Path, name: str, account: Account) -> Iterator[Record]:
 
 def _open_members(path: Path, name: str, account: Account) -> Iterator[BinaryIO]:
     """The .jsonl files in `path`."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         with gzip.open(path) as file:
             yield cast(BinaryIO, file)
-    elif path.suffix == ".zip":
+    elif suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if not member.filename.endswith(".jsonl") or PurePosixPath(member.filename).name.startswith("."):

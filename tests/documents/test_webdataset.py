@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 import zlib
@@ -74,7 +75,9 @@ def test_members_of_a_document_come_in_any_order(tmp_path):
     write_tar(tmp_path / "b.tar", page(1), dict(reversed(page(2).items())))
     (tmp_path / "a").mkdir()
     with webdataset.TarWriter(str(tmp_path / "a" / "a.tar")) as writer:  # sorts the members, with extended headers
-        writer.write({"__key__": "x/k", **{name.partition(".")[2].upper(): data for name, data in page(3).items()}})
+        members = {name.partition(".")[2].upper(): data for name, data in page(3).items()}
+        members["JSON"] = members["JSON"].replace(b"b.png", b"B.Png")
+        writer.write({"__key__": "x/k", **members})
     documents, account = read(tmp_path)
     assert [shape(document) for document in documents] == [whole(3), whole(1), whole(2)]
     assert documents[0].source == "pages" and documents[0].meta == {"path": "a/a.tar/x/k"}
@@ -146,6 +149,8 @@ BAD_RECORDS = {
     "duplicate key ": {**page(2), "0001.txt": b"late"},
     "no json": {"bad.0.jpg": png(1), "bad.1.jpg": png(2)},
     "no json ": {"bad.npy": b"x"},
+    "no json  ": {"bad.0.jpg": png(1)},
+    "no json   ": {"bad.jpg": png(1), "bad.png": png(2)},
     "text is not UTF-8": {"bad.txt": b"\xe9"},
     "txt too large": {"bad.txt": b" " * (2**24 + 1)},
     "a multi-frame TIFF is not supported": document("bad", {"texts": [None], "images": ["page_0"]}, tiff=b"II*\0"),
@@ -232,6 +237,14 @@ def test_a_tar_cut_anywhere_delivers_what_is_whole_and_names_the_cut(tmp_path):
             assert len(documents) + account.bad["document cut off by a damaged tar"] == seen
 
 
+def test_a_cut_behind_a_text_may_have_cost_its_json(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.txt": b"one", "2.txt": b"two", "2.json": b"{}"})
+    path.write_bytes(path.read_bytes()[: 4 * BLOCK])
+    documents, account = read(path)
+    assert [shape(document) for document in documents] == [["one"]]
+    assert account.bad == {"damaged tar": 1, "document cut off by a damaged tar": 1}
+
+
 def test_a_flipped_byte_in_any_header_is_named_and_costs_nothing_before_it(tmp_path):
     path = write_tar(tmp_path / "a.tar", *(page(n) for n in range(4)))
     content = path.read_bytes()
@@ -277,12 +290,15 @@ def test_what_cannot_be_opened_is_counted_or_one_sentence(tmp_path):
         read(inside)
     (inside / "folder").symlink_to(tmp_path)
     (inside / "d.tar").mkdir()
-    write_tar(inside / "a.tar", page(1))
+    (inside / ".git").mkdir()
+    write_tar(inside / "a.TAR", page(1))
     (inside / ".hidden.tar").write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(inside) + b"/\xff.tar")).write_bytes(b"x")
     documents, account = read(inside)
     assert len(documents) == 1
-    assert account.bad == {"path leaves the folder": 1} and account.skipped == {"link to a folder": 1}
+    assert account.bad == {"path leaves the folder": 1, "file name that is not UTF-8": 1}
+    assert account.skipped == {"link to a folder": 1, "hidden folder": 1, "hidden file": 1}
     corpus = WebDataset(CorpusConfig(path=str(inside)), Path())
     partitions = corpus.partitions(Account())
-    (inside / "a.tar").unlink()
+    (inside / "a.TAR").unlink()
     assert not list(corpus.documents(partitions[0], account := Account())) and account.bad == {"unreadable file": 1}
