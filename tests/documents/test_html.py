@@ -86,8 +86,8 @@ def test_navigation_and_hidden_elements_are_counted_with_their_pictures(page, ht
 
 
 def test_what_only_looks_like_navigation_is_kept(page):
-    html = "<body class=toc><main><div><header>a</header></div></main><article><footer>b</footer></article><p class=tocs>c"
-    segments, account = page(html + "<script>x</script><style>x</style><!-- x --><template>x</template>")
+    html = "<body class=toc><main><div><header>a</header></div></main><article><footer>b</footer></article>"
+    segments, account = page(html + "<p class=tocs>c<script>x</script><style>x</style><!-- x --><template>x</template>")
     assert segments == ["a\n\nb\n\nc"] and account.summary() == ""
 
 
