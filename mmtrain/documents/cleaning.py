@@ -23,24 +23,23 @@ PUNCTUATED_WORDS = {"paragraph": 12, "document": 0}
 # From the first to the last letter between blanks.
 WORD = re.compile(r"[^\W\d_](?:\S*[^\W\d_])?")
 WORD_OR_MARK = re.compile(r"[\w']+|[,;:?!.]")
-STOPWORDS = frozenset(
-    """
-    a about above across after again against ago all almost along already also although always am among an and another
-    any anybody anyone anything are aren't around as at away back be because been before behind being below beneath
-    beside besides between beyond both but by can can't cannot could couldn't did didn't do does doesn't doing don't
-    down during each either else enough even ever every everybody everyone everything except few for from further get
-    gets getting given got had hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him
-    himself his how however i i'd i'll i'm i've if in including inside instead into is isn't it it'd it'll it's its
-    itself just least less let's like made many may me might mine more most much must my myself near neither never next
-    no nobody none nor not nothing now of off often on once one ones only onto or other others our ours ourselves out
-    outside over own past per perhaps quite rather same shall she she'd she'll she's should shouldn't since so some
-    somebody someone something sometimes still such than that that's the their theirs them themselves then there
-    there's these they they'd they'll they're they've this those though through throughout till to together too toward
-    towards under unless unlike until up upon us use used very via was wasn't we we'd we'll we're we've were weren't
-    what what's whatever when whenever where whereas wherever whether which while who who's whoever whom whose why will
-    with within without won't would wouldn't yes yet you you'd you'll you're you've your yours yourself yourselves
-    """.split()
-)
+ENGLISH = """
+a about above across after again against ago all almost along already also although always am among an and another
+any anybody anyone anything are aren't around as at away back be because been before behind being below beneath
+beside besides between beyond both but by can can't cannot could couldn't did didn't do does doesn't doing don't
+down during each either else enough even ever every everybody everyone everything except few for from further get
+gets getting given got had hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him
+himself his how however i i'd i'll i'm i've if in including inside instead into is isn't it it'd it'll it's its
+itself just least less let's like made many may me might mine more most much must my myself near neither never next
+no nobody none nor not nothing now of off often on once one ones only onto or other others our ours ourselves out
+outside over own past per perhaps quite rather same shall she she'd she'll she's should shouldn't since so some
+somebody someone something sometimes still such than that that's the their theirs them themselves then there
+there's these they they'd they'll they're they've this those though through throughout till to together too toward
+towards under unless unlike until up upon us use used very via was wasn't we we'd we'll we're we've were weren't
+what what's whatever when whenever where whereas wherever whether which while who who's whoever whom whose why will
+with within without won't would wouldn't yes yet you you'd you'll you're you've your yours yourself yourselves
+"""
+STOPWORDS = frozenset(ENGLISH.split())
 
 
 def clean(document: Document, config: CleanConfig, account: Account) -> Document | None:

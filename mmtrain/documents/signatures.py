@@ -38,7 +38,9 @@ FEWEST_TELLING = 32
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 SHINGLE_WORDS = 5
-FEWEST_WORDS = 8  # "a photo of a cat" is said of many cats
+# Captions repeat: "a man riding a wave on top of a surfboard" is said of many pictures. In a shorter text one changed
+# word is more than a near-duplicate may differ in, and whole copies are found without MinHash.
+FEWEST_WORDS = 24
 NUM_MINIMA = 128
 SHINGLE_CHUNK = 1024
 _draws = random_stream("minhash", 1).integers(0, 2**64, (2 * NUM_MINIMA + SHINGLE_WORDS, 1), dtype=np.uint64)
@@ -90,7 +92,7 @@ class Signatures:
             if lengths != [n, n, n, n, k, m, m, m, m]:
                 raise ValueError(f"columns of {lengths} rows")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} holds no signatures of documents ({error}); delete it and prepare again") from error
+            raise UserError(f"{path} holds no signatures of documents ({error}); delete it, prepare again") from error
         return found
 
 
@@ -117,7 +119,7 @@ def sign(document: Document) -> Signatures:
 
 
 def text_minima(text: str) -> np.ndarray | None:
-    """MinHash of a text: (128,) uint32, None for fewer than 8 words. Case and punctuation do not count.
+    """MinHash of a text: (128,) uint32, None for fewer than 24 words. Case and punctuation do not count.
 
     The share of equal entries of two texts estimates the Jaccard overlap of their runs of five words, with a
     standard error of at most 0.044.

@@ -170,7 +170,8 @@ def every_pair(corpus: Signatures, config: DedupeConfig) -> list[list[int]]:
     def linked(a, b):
         if (corpus.content[a] == corpus.content[b]).all():
             return True
-        if config.pictures and sets[a] & sets[b] and len(sets[a] & sets[b]) / len(sets[a] | sets[b]) >= config.picture_overlap:
+        shared, together = len(sets[a] & sets[b]), len(sets[a] | sets[b])
+        if config.pictures and shared and shared / together >= config.picture_overlap:
             return True
         both = config.texts and corpus.has_minima[a] and corpus.has_minima[b]
         return both and (corpus.text_minima[row[a]] == corpus.text_minima[row[b]]).mean() >= config.text_similarity
@@ -180,7 +181,8 @@ def every_pair(corpus: Signatures, config: DedupeConfig) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "config", [DedupeConfig(texts=False), DedupeConfig(pictures=False), DedupeConfig(picture_overlap=0.3, text_similarity=0.7)]
+    "config",
+    [DedupeConfig(texts=False), DedupeConfig(pictures=False), DedupeConfig(picture_overlap=0.3, text_similarity=0.7)],
 )
 def test_clusters_are_those_of_comparing_every_pair(config):
     corpus = random_corpus()

@@ -35,9 +35,9 @@ def num_different_bits(a: Signatures, b: Signatures) -> int:
 
 
 def test_signatures_are_the_same_on_every_machine():
-    found = signed("A red circle is to the left of a small blue square.")
-    assert found.content.tobytes().hex()[:16] == "c35467ce90992338"
-    assert found.text_minima[0, [0, 1, 127]].tolist() == [988368153, 219386757, 407953520]
+    found = signed("A red circle is to the left of a small blue square. " * 2)
+    assert found.content.tobytes().hex()[:16] == "f346ab9fe3d5cd48"
+    assert found.text_minima[0, [0, 1, 127]].tolist() == [569212901, 219386757, 407953520]
     pixels = np.random.default_rng(3).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     assert perceptual_hash(pixels) == (0xA611B19F5A0023C8, True)
 
@@ -96,11 +96,12 @@ def test_case_punctuation_and_length_of_chunks_do_not_count():
     assert (text_minima(text) == text_minima(" ".join(WORDS + WORDS[:4]))).all(), "the same set of runs"
 
 
-def test_short_texts_have_no_minima_in_any_script():
-    assert text_minima("a photo of a very small cat") is None
-    assert text_minima("a photo of a very small black cat") is not None
-    assert text_minima("一张小猫的照") is None
-    assert text_minima("一张非常小的黑猫的照片") is not None
+def test_captions_have_no_minima_in_any_script():
+    caption = "a man is riding a wave on top of a white surfboard"  # 12 words
+    assert text_minima(f"{caption} {caption}") is not None
+    assert text_minima(f"{caption} {caption[2:]}") is None
+    assert text_minima("一张非常小的黑猫的照片") is None
+    assert text_minima("一张非常小的黑猫的照片" * 3) is not None
 
 
 def test_a_partition_is_written_and_read_back(tmp_path):
