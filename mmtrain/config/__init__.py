@@ -4,7 +4,7 @@ Also holds what every package needs and nothing more: the user's error, artifact
 It must never import torch or anything slow: `mmtrain --help` passes through here.
 """
 
-from mmtrain.config.artifact import build_artifact, fingerprint, sync_tree, write_text_atomic
+from mmtrain.config.artifact import build_artifact, fingerprint, sync_folder, sync_tree, write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import (
     Config,
@@ -41,6 +41,7 @@ __all__ = [
     "UserError",
     "build_artifact",
     "fingerprint",
+    "sync_folder",
     "sync_tree",
     "write_text_atomic",
 ]
