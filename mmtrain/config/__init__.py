@@ -9,6 +9,7 @@ from mmtrain.config.errors import UserError
 from mmtrain.config.schema import (
     Config,
     CorpusConfig,
+    DataConfig,
     EngineConfig,
     GenerateConfig,
     ImageTokenizerConfig,
@@ -26,6 +27,7 @@ from mmtrain.config.schema import (
 __all__ = [
     "Config",
     "CorpusConfig",
+    "DataConfig",
     "EngineConfig",
     "GenerateConfig",
     "ImageTokenizerConfig",

@@ -40,6 +40,15 @@ class CorpusConfig:
 
 
 @dataclass
+class DataConfig:
+    """How `mmtrain data` works through a corpus."""
+
+    processes: int = knob(0, "Processes that read, write and tokenize (0: one per core); what they write does not depend on it.", minimum=0)
+    shard_bytes: int = knob(256 << 20, "A document shard is closed once it holds so many bytes.", minimum=1)
+    shard_documents: int = knob(16_384, "Documents per token shard.", minimum=1)
+
+
+@dataclass
 class TextTokenizerConfig:
     """Byte-level BPE."""
 
@@ -248,6 +257,7 @@ class Config:
     mix: dict[str, Any] = knob({}, "Corpora of the run and their shares of the tokens, such as {stamps:1,gimp_help:3}: options of the group corpus, or names under corpora. A share may change with the step: {stamps:1,gimp_help:{0:3,5000:1}}, linear in between. Empty: corpus alone.")
     corpora: dict[str, CorpusConfig] = knob({}, "Corpora that mix names, resolved; set in files only.")
     corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
+    data: DataConfig = knob(DataConfig, "How corpora are worked through.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
     retrieval: RetrievalConfig = knob(RetrievalConfig, "Retrieval.")

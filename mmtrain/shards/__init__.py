@@ -7,7 +7,7 @@ reach the file system.
 
 from mmtrain.shards.manifest import Manifest, ShardInfo
 from mmtrain.shards.reader import DocumentShards, TokenShards
-from mmtrain.shards.verify import verify
+from mmtrain.shards.verify import broken_seal, find_fault, manifest_faults, repeated_ids, seal, verify
 from mmtrain.shards.writer import (
     content_bytes,
     finish_documents,
@@ -23,9 +23,14 @@ __all__ = [
     "Manifest",
     "ShardInfo",
     "TokenShards",
+    "broken_seal",
     "content_bytes",
+    "find_fault",
     "finish_documents",
     "finish_tokens",
+    "manifest_faults",
+    "repeated_ids",
+    "seal",
     "verify",
     "write_document_shard",
     "write_documents",
