@@ -1,19 +1,20 @@
-"""From files with captions to documents: what the readers of real pictures share."""
+"""From files with captions to documents: what the readers of captioned pictures share."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import CorpusConfig, UserError
+from mmtrain.config import CorpusConfig
+from mmtrain.documents.corpus import Account, Partition, printable
 from mmtrain.documents.document import Document, Image
-from mmtrain.documents.held_out import held_out_pictures
 from mmtrain.documents.images import BadImage
-from mmtrain.documents.reading import Reading, printable
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES_PER_PARTITION = 500
 # A longer text beside a picture is no caption.
 LARGEST_CAPTION_BYTES = 100_000
 # No honest picture needs more: 16 bits in 4 channels, uncompressed, and a megabyte of metadata.
@@ -22,6 +23,14 @@ LARGEST_METADATA_BYTES = 2**20
 
 # Encoded bytes and name -> the picture to store and what to say about it in meta. Raises BadImage.
 Prepare = Callable[[bytes, str], tuple[Image, dict[str, Any]]]
+
+
+class BadSample(Exception):
+    """A captioned picture that cannot be used. `reason` is one of a few fixed phrases to count by."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,66 @@ class CaptionedPicture:
     """A picture file and its captions, one document each. name: its path relative to the corpus, with slashes."""
 
     name: str
-    path: Path
     captions: tuple[Caption, ...]
+
+
+def captioned_documents(
+    pictures: Iterable[CaptionedPicture],
+    root: Path,
+    source: str,
+    prepare: Prepare,
+    config: CorpusConfig,
+    account: Account,
+) -> Iterator[Document]:
+    """The documents (caption, then picture) of pictures below `root`; a bad one is counted once per caption."""
+    for picture in pictures:
+        try:
+            largest = largest_picture_bytes(config.max_pixels)
+            image, meta = prepare(read_file(root, picture.name, largest, "too many pixels"), picture.name)
+        except (BadSample, BadImage) as error:
+            account.spoil(error.reason, picture.name, len(picture.captions))
+            continue
+        for caption in picture.captions:
+            facts = {"path": printable(picture.name), **caption.meta, **meta}
+            yield Document(caption.document_id, source, (caption.text, image), facts)
+
+
+def picture_partitions(captions_of: dict[str, Any]) -> list[Partition]:
+    """Partitions {"pictures": [[stored name, captions], ...]} of pictures by name.
+
+    In the order of the hashes of their paths, so that any prefix is a sample and not the first folder.
+    """
+    names = sorted(captions_of, key=id_of_path)
+    return [
+        {"pictures": [[stored_name(name), captions_of[name]] for name in names[start : start + PICTURES_PER_PARTITION]]}
+        for start in range(0, len(names), PICTURES_PER_PARTITION)
+    ]
+
+
+def files_below(root: Path, suffixes: tuple[str, ...], account: Account) -> Iterator[str]:
+    """Names, relative and with slashes, of the files below `root` that end in one of `suffixes`, in any case.
+
+    Sorted in each folder. What is hidden and folders that are links are left out.
+    """
+
+    def spoil(error: OSError) -> None:
+        account.spoil("unreadable folder", relative_name(Path(error.filename), root))
+
+    for parent, folders, filenames in os.walk(root, onerror=spoil):
+        relative = Path(os.path.relpath(parent, root))
+        for folder in folders:
+            if folder.startswith("."):
+                account.skip("hidden folder", (relative / folder).as_posix())
+            elif Path(parent, folder).is_symlink():
+                account.skip("link to a folder", (relative / folder).as_posix())
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))  # links are not followed
+        for filename in sorted(filenames):
+            if filename.lower().endswith(suffixes):
+                name = (relative / filename).as_posix()
+                if filename.startswith("."):
+                    account.skip("hidden file", name)
+                else:
+                    yield name
 
 
 def id_of_path(name: str) -> str:
@@ -47,99 +114,47 @@ def id_of_path(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def stored_name(name: str) -> str:
+    """A file name as plain text for a partition: Linux allows names that UTF-8 and JSON cannot hold."""
+    return urllib.parse.quote(name, errors="surrogateescape")
+
+
+def named_again(stored: str) -> str:
+    """The file name that `stored_name` was given."""
+    return urllib.parse.unquote(stored, errors="surrogateescape")
+
+
 def largest_picture_bytes(max_pixels: int) -> int:
     """Bytes of the largest file that is opened as a picture."""
     return LARGEST_BYTES_PER_PIXEL * max_pixels + LARGEST_METADATA_BYTES
 
 
-def _read_bytes(path: Path, max_pixels: int) -> bytes:
+def read_file(root: Path, name: str, largest_bytes: int, too_large: str) -> bytes:
+    """The content of a regular file inside `root`. Raises BadSample, `too_large` for more than largest_bytes."""
+    path = root / name
+    if not is_inside(path, root.resolve()):
+        raise BadSample("path leaves the folder")
     try:
         if path.exists() and not path.is_file():  # a pipe would be read forever
-            raise BadImage("unreadable file", "not a regular file")
-        num_bytes = path.stat().st_size
-        if num_bytes > largest_picture_bytes(max_pixels):
-            raise BadImage("too many pixels", f"a file of {num_bytes} bytes")
+            raise BadSample("unreadable file")
+        if path.stat().st_size > largest_bytes:
+            raise BadSample(too_large)
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadImage("missing file", str(path)) from error
-    except OSError as error:
-        raise BadImage("unreadable file", error.strerror or str(error)) from error
+    except FileNotFoundError:
+        raise BadSample("missing file") from None
+    except OSError:
+        raise BadSample("unreadable file") from None
 
 
-def captioned_documents(
-    reading: Reading,
-    pictures: Sequence[CaptionedPicture],
-    source: str,
-    config: CorpusConfig,
-    split: str,
-    prepare: Prepare,
-    num_bad_entries: int = 0,
-) -> Iterator[Document]:
-    """The documents (caption, then picture) of one split, in the order of the hashes of their paths.
-
-    Every bad picture is skipped and counted, in the pass of the side that its hash puts it on. The train pass
-    judges the whole: UserError when more than config.max_bad_fraction of its pictures is bad (with
-    `num_bad_entries`, bad before they were opened), or none is good.
-    """
-    hash_of: dict[str, str] = {}
-    path_of_hash: dict[str, tuple[Path, str]] = {}
-    unreadable: list[tuple[str, str]] = []
-    # In the order of hashes, so that max_documents takes a sample and not the first folder.
-    pictures = sorted(pictures, key=lambda picture: id_of_path(picture.name))
-    for picture in pictures:
-        try:
-            sha256 = hashlib.sha256(_read_bytes(picture.path, config.max_pixels)).hexdigest()
-        except BadImage as error:
-            unreadable.append((error.reason, picture.name))
-            continue
-        hash_of[picture.name] = sha256
-        path_of_hash.setdefault(sha256, (picture.path, picture.name))
-
-    def is_good(sha256: str) -> bool:
-        path, name = path_of_hash[sha256]
-        try:
-            prepare(_read_bytes(path, config.max_pixels), name)
-        except BadImage:
-            return False
-        return True
-
-    held_out = held_out_pictures(path_of_hash, config.validation_fraction, is_good)
-    if split == "train":
-        for reason, name in unreadable:
-            reading.skip(reason, name)
-    num_bad = num_bad_entries + len(unreadable)
-    num_seen, num_documents = num_bad, 0
-    for picture in pictures:
-        if picture.name not in hash_of or (hash_of[picture.name] in held_out) != (split == "validation"):
-            continue
-        num_seen += 1
-        try:
-            image, meta = prepare(_read_bytes(picture.path, config.max_pixels), picture.name)
-        except BadImage as error:
-            reading.skip(error.reason, picture.name)
-            num_bad += 1
-            continue
-        for caption in picture.captions:
-            if config.max_documents and num_documents == config.max_documents:
-                return
-            num_documents += 1
-            facts = {"path": printable(picture.name), **caption.meta, **meta}
-            yield Document(caption.document_id, source, (caption.text, image), facts)
-    if split == "train":
-        judge(reading, num_bad, num_seen, num_documents, source, config)
-
-
-def judge(reading: Reading, num_bad: int, num_seen: int, num_good: int, source: str, config: CorpusConfig) -> None:
-    """Raise UserError when nothing is good, or more than config.max_bad_fraction of what was seen is bad."""
-    where = f"corpus {source} ({config.path})" if config.path else f"corpus {source}"
-    if num_good == 0:
-        raise UserError(f"{where} has no usable captioned picture: {reading.summary() or 'nothing was found'}.")
-    if num_bad > config.max_bad_fraction * num_seen:
-        raise UserError(
-            f"{where}: {num_bad} of {num_seen} pictures cannot be used, more than "
-            f"corpus.max_bad_fraction={config.max_bad_fraction} allows: {reading.summary()}; mend or remove "
-            "them, or raise that limit."
-        )
+def decode_caption(data: bytes) -> str:
+    """A caption in UTF-8 on one line. Raises BadSample."""
+    try:
+        caption = " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise BadSample("caption is not UTF-8") from None
+    if not caption:
+        raise BadSample("empty caption")
+    return caption
 
 
 def relative_name(path: Path, root: Path) -> str:

@@ -88,3 +88,21 @@ class Corpus:
         decides has meta["split"], "train" or "validation"; of all others the side is decided by content later.
         """
         raise NotImplementedError
+
+
+def judge(account: Account, num_documents: int, config: CorpusConfig) -> None:
+    """Raise UserError when the corpus gave no document, or more than config.max_bad_fraction of it is bad.
+
+    account: that of all partitions. Called once, when everything has been read.
+    """
+    where = f"corpus {config.name} ({config.path})" if config.path else f"corpus {config.name}"
+    if num_documents == 0:
+        raise UserError(f"{where} has no usable document: {account.summary() or 'nothing was found'}.")
+    num_bad = account.bad.total()
+    num_seen = num_bad + num_documents
+    if num_bad > config.max_bad_fraction * num_seen:
+        raise UserError(
+            f"{where}: {num_bad} of {num_seen} entries cannot be used, more than "
+            f"corpus.max_bad_fraction={config.max_bad_fraction} allows: {account.summary()}; mend or remove "
+            "them, or raise that limit."
+        )

@@ -6,73 +6,119 @@ it are relative to the table and may not leave its folder.
 
 import csv
 import json
-import os
-from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmtrain.config import CorpusConfig, UserError
+from mmtrain.config import UserError
 from mmtrain.documents.captioned import (
     LARGEST_CAPTION_BYTES,
     PICTURE_SUFFIXES,
+    BadSample,
     Caption,
     CaptionedPicture,
     captioned_documents,
+    decode_caption,
+    files_below,
     id_of_path,
-    is_inside,
+    named_again,
+    picture_partitions,
+    read_file,
     relative_name,
 )
+from mmtrain.documents.corpus import Account, Corpus, Partition
 from mmtrain.documents.document import Document, Image
 from mmtrain.documents.images import image_from_bytes
-from mmtrain.documents.reading import Reading
 
 TABLES_IN_FOLDER = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
 HOW = "set corpus.path to a folder of pictures with NAME.txt beside each NAME.png, or to a captions .jsonl or .csv"
 
-# Relative name and caption of every good entry; bad ones are counted on the reading.
-Entries = list[tuple[str, str]]
 
+class Pairs(Corpus):
+    """One document per picture and caption; the pictures' bytes are kept as they are. meta: path.
 
-def _read_caption_file(path: Path) -> tuple[str, str]:
-    """(caption, "") or ("", reason why there is none)."""
-    try:
-        if path.stat().st_size > LARGEST_CAPTION_BYTES:
-            return "", "caption too long"
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        return "", "caption is not UTF-8"
-    except OSError:
-        return "", "unreadable file"
-    return text, "" if text else "empty caption"
+    Bad: unreadable, truncated or huge pictures; missing, empty or undecodable captions; paths that leave the folder.
+    A partition holds pictures with their captions, or null for one whose caption is in the .txt beside it.
+    """
 
+    def partitions(self, account: Account) -> list[Partition]:
+        """Some hundred pictures each. Raises UserError for a missing or empty folder or table."""
+        table = self._table()
+        if table:
+            captions_of: dict[str, Any] = _read_table(table, account)
+        else:
+            captions_of = dict.fromkeys(_captioned_names(self._root(), account))
+        if not captions_of and not account.bad:
+            what = "lists no pictures" if table else f"holds no pictures ({', '.join(PICTURE_SUFFIXES)})"
+            raise UserError(f"corpus.path={self.config.path} {what}; {HOW}.")
+        return picture_partitions(captions_of)
 
-def _from_folder(root: Path, reading: Reading) -> Entries:
-    entries = []
-    resolved = root.resolve()
-    for parent, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for filename in sorted(names):
-            path = Path(parent, filename)
-            if filename.startswith(".") or path.suffix.lower() not in PICTURE_SUFFIXES:
+    def documents(self, partition: Partition, account: Account) -> Iterator[Document]:
+        """Caption, then picture."""
+
+        def prepare(data: bytes, name: str) -> tuple[Image, dict[str, Any]]:
+            return image_from_bytes(data, self.config.max_pixels), {}
+
+        root = self._root()
+        pictures = self._pictures(partition, root, account)
+        yield from captioned_documents(pictures, root, "pairs", prepare, self.config, account)
+
+    def _pictures(self, partition: Partition, root: Path, account: Account) -> Iterator[CaptionedPicture]:
+        """Ids: hash of the path, then -2, -3, ... for further captions (COCO has five)."""
+        for stored, captions in partition["pictures"]:
+            name = named_again(stored)
+            try:
+                texts = [_read_caption(root, name)] if captions is None else captions
+            except BadSample as error:
+                account.spoil(error.reason, name)
                 continue
-            name, caption_path = relative_name(path, root), path.with_suffix(".txt")
-            if not caption_path.is_file():
-                reading.skip("no .txt beside it", name)
-            elif not (is_inside(path, resolved) and is_inside(caption_path, resolved)):
-                reading.skip("path leaves the folder", name)
-            else:
-                caption, reason = _read_caption_file(caption_path)
-                if reason:
-                    reading.skip(reason, name)
-                else:
-                    entries.append((name, caption))
-    return entries
+            first_id = f"pairs-{id_of_path(name)}"
+            ids = [first_id, *(f"{first_id}-{number}" for number in range(2, len(texts) + 1))]
+            yield CaptionedPicture(name, tuple(Caption(text, id, {}) for text, id in zip(texts, ids, strict=True)))
+
+    def _table(self) -> Path | None:
+        """The .jsonl or .csv, None for a folder without one. Raises UserError."""
+        if not self.config.path:
+            raise UserError(f"corpus pairs has no corpus.path; {HOW}.")
+        path = Path(self.config.path)
+        if path.is_dir():
+            return next((path / name for name in TABLES_IN_FOLDER if (path / name).is_file()), None)
+        if not path.exists():
+            raise UserError(f"corpus.path={path} does not exist; {HOW}.")
+        if path.suffix.lower() not in (".jsonl", ".csv"):
+            raise UserError(f"corpus.path={path} is neither a folder nor a .jsonl or .csv file; {HOW}.")
+        return path
+
+    def _root(self) -> Path:
+        """The folder that names are relative to."""
+        path = Path(str(self.config.path))
+        return path if path.is_dir() else path.parent
 
 
-def _jsonl_rows(table: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+def _captioned_names(root: Path, account: Account) -> list[str]:
+    """Names of the pictures that have a .txt beside them."""
+    names = list(files_below(root, (*PICTURE_SUFFIXES, ".txt"), account))
+    texts = {name for name in names if name.endswith(".txt")}
+    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
+    for name in sorted(texts - {_caption_name(name) for name in pictures}):
+        account.skip("no picture beside it", name)
+    for name in pictures:
+        if _caption_name(name) not in texts:
+            account.spoil("no .txt beside it", name)
+    return [name for name in pictures if _caption_name(name) in texts]
+
+
+def _caption_name(name: str) -> str:
+    return PurePosixPath(name).with_suffix(".txt").as_posix()
+
+
+def _read_caption(root: Path, name: str) -> str:
+    return decode_caption(read_file(root, _caption_name(name), LARGEST_CAPTION_BYTES, "caption too long"))
+
+
+def _jsonl_rows(table: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(table, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -84,7 +130,7 @@ def _jsonl_rows(table: Path, reading: Reading) -> Iterator[tuple[int, dict[str, 
             if isinstance(row, dict):
                 yield number, row
             else:
-                reading.skip("line is no JSON object", f"{table.name}:{number}")
+                account.spoil("line is no JSON object", f"{table.name}:{number}")
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -98,87 +144,51 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield rows.line_num, row
 
 
-def _from_table(table: Path, reading: Reading) -> Entries:
-    entries = []
-    root = table.parent.resolve()
-    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table, reading)
+def _name_in(table: Path, name: str) -> str:
+    """One spelling per file, so that "./a.png" and "a.png" are one picture. Raises BadSample.
+
+    Where links lead is looked at when the picture is opened.
+    """
+    relative = relative_name(table.parent / name, table.parent)
+    try:
+        is_file_name = "\0" not in name and bool(relative.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # a lone surrogate from a JSON escape
+        is_file_name = False
+    if not is_file_name or relative.split("/")[0] == "..":
+        raise BadSample("path leaves the folder")
+    return relative
+
+
+def _caption_of_row(text: str) -> str:
+    # A lone surrogate from a JSON escape cannot be stored as UTF-8.
+    data = text.encode("utf-8", "replace")
+    if len(data) > LARGEST_CAPTION_BYTES:
+        raise BadSample("caption too long")
+    return decode_caption(data)
+
+
+def _read_table(table: Path, account: Account) -> dict[str, list[str]]:
+    """Name -> captions of all good rows."""
+    captions_of: dict[str, list[str]] = {}
+    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table, account)
     try:
         for number, row in rows:
-            where = f"{table.name}:{number}"
             name = next((row[key] for key in IMAGE_COLUMNS if row.get(key)), None)
             text = next((row[key] for key in CAPTION_COLUMNS if row.get(key) is not None), None)
-            if not isinstance(name, str) or not isinstance(text, str):
-                reading.skip("row without picture or caption", where)
-            elif not is_inside(table.parent / name, root):
-                reading.skip("path leaves the folder", where)
-            elif Path(name).suffix.lower() not in PICTURE_SUFFIXES:
-                reading.skip("not a PNG, JPEG or WebP picture", name)
-            elif len(text.encode("utf-8", "replace")) > LARGEST_CAPTION_BYTES:
-                reading.skip("caption too long", where)
-            elif not text.strip():
-                reading.skip("empty caption", where)
-            else:  # one spelling per file, so that "./a.png" and "a.png" are one picture
-                name = relative_name(table.parent / name, table.parent)
-                # A lone surrogate from a JSON escape cannot be stored as UTF-8.
-                entries.append((name, " ".join(text.encode("utf-8", "replace").decode().split())))
+            try:
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise BadSample("row without picture or caption")
+                name = _name_in(table, name)
+                if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+                    raise BadSample("not a PNG, JPEG or WebP picture")
+                caption = _caption_of_row(text)
+                captions_of.setdefault(name, []).append(caption)
+            except BadSample as error:
+                account.spoil(error.reason, f"{table.name}:{number}")
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"{table} cannot be read as CSV: {error}.") from error
     except OSError as error:
         raise UserError(f"{table} cannot be read: {error.strerror}.") from error
-    return entries
-
-
-def _list_entries(config: CorpusConfig, reading: Reading) -> tuple[Path, Entries]:
-    """The folder that names are relative to, and the entries."""
-    if not config.path:
-        raise UserError(f"corpus pairs has no corpus.path; {HOW}.")
-    path = Path(config.path)
-    if path.is_dir():
-        table = next((path / name for name in TABLES_IN_FOLDER if (path / name).is_file()), None)
-        entries = _from_table(table, reading) if table else _from_folder(path, reading)
-        if not entries and not reading.skipped:
-            raise UserError(f"corpus.path={config.path} holds no pictures (.png, .jpg, .jpeg, .webp); {HOW}.")
-        return path, entries
-    if not path.exists():
-        raise UserError(f"corpus.path={config.path} does not exist; {HOW}.")
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise UserError(f"corpus.path={config.path} is neither a folder nor a .jsonl or .csv file; {HOW}.")
-    entries = _from_table(path, reading)
-    if not entries and not reading.skipped:
-        raise UserError(f"corpus.path={config.path} lists no pictures; {HOW}.")
-    return path.parent, entries
-
-
-def _group(root: Path, entries: Entries) -> list[CaptionedPicture]:
-    """One picture per file with all its captions (COCO has five). Ids: hash of the path, then -2, -3, ..."""
-    captions_of: dict[str, list[str]] = defaultdict(list)
-    for name, caption in entries:
-        captions_of[name].append(caption)
-    pictures = []
-    for name, captions in captions_of.items():
-        first_id = f"pairs-{id_of_path(name)}"
-        ids = [first_id, *(f"{first_id}-{number}" for number in range(2, len(captions) + 1))]
-        documents = tuple(Caption(text, document_id, {}) for text, document_id in zip(captions, ids, strict=True))
-        pictures.append(CaptionedPicture(name, root / name, documents))
-    return pictures
-
-
-def read_pairs(config: CorpusConfig, split: str) -> Reading:
-    """One document per picture and caption; the pictures' bytes are kept as they are. meta: path.
-
-    Skipped and counted: unreadable, truncated or huge pictures; missing, empty or undecodable captions; paths
-    that leave the folder. Raises UserError, when the iteration starts, for a missing or empty folder or table,
-    and at its end when nothing is usable or more than config.max_bad_fraction is bad (the train split).
-    """
-
-    def prepare(data: bytes, name: str) -> tuple[Image, dict[str, Any]]:
-        return image_from_bytes(data, config.max_pixels), {}
-
-    def produce(reading: Reading) -> Iterator[Document]:
-        root, entries = _list_entries(config, reading)
-        num_bad = sum(reading.skipped.values())
-        yield from captioned_documents(reading, _group(root, entries), "pairs", config, split, prepare, num_bad)
-
-    return Reading(produce)
+    return captions_of

@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from mmtrain.config import CorpusConfig
 from mmtrain.config.randomness import random_stream
 from mmtrain.documents.captions import (
     NUM_PHRASINGS,
@@ -24,13 +23,14 @@ from mmtrain.documents.captions import (
     questions,
     write_caption,
 )
+from mmtrain.documents.corpus import Account, Corpus, Partition
 from mmtrain.documents.document import Document, Image
 from mmtrain.documents.images import encode_png
-from mmtrain.documents.reading import Reading
 from mmtrain.documents.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, relation_between
 
 __all__ = [
     "HELD_OUT",
+    "Shapes",
     "draw_mask",
     "draw_scene",
     "is_held_out",
@@ -38,7 +38,6 @@ __all__ = [
     "make_scene",
     "parse_caption",
     "questions",
-    "read_shapes",
     "write_caption",
 ]
 
@@ -58,6 +57,25 @@ RELATION_SLOPE = 2
 TOLERANCE = 1e-9  # of floating point, where a center may lie on a bound
 LAYOUT_TRIES = 64
 SUPERSAMPLING = 8
+SCENES_PER_PARTITION = 2000
+
+
+class Shapes(Corpus):
+    """config.num_documents training scenes and config.num_validation held-out ones; nothing is ever left out."""
+
+    def partitions(self, account: Account) -> list[Partition]:
+        """Ranges of scene numbers of one split."""
+        sizes = {"train": self.config.num_documents, "validation": self.config.num_validation}
+        return [
+            {"split": split, "start": start, "stop": min(start + SCENES_PER_PARTITION, size)}
+            for split, size in sizes.items()
+            for start in range(0, size, SCENES_PER_PARTITION)
+        ]
+
+    def documents(self, partition: Partition, account: Account) -> Iterator[Document]:
+        """The scenes of the range."""
+        for index in range(partition["start"], partition["stop"]):
+            yield make_document(self.config.seed, partition["split"], index, self.config.image_size)
 
 
 def is_held_out(thing: Thing) -> bool:
@@ -158,26 +176,16 @@ def draw_scene(scene: Scene, image_size: int) -> np.ndarray:
 
 
 def make_document(seed: int, split: str, index: int, image_size: int = 64) -> Document:
-    """Caption, then picture. meta: scene (Scene.to_json), questions ([question, answer]), held_out."""
+    """Caption, then picture. meta: split, scene (Scene.to_json), questions ([question, answer]), held_out."""
     rng = random_stream("shapes", seed, split, index)
     scene = _sample_scene(rng, split != "train")
     words = (int(rng.integers(limit)) for limit in CHOICES)
     data = encode_png(draw_scene(scene, image_size))
     image = Image(data, image_size, image_size, hashlib.sha256(data).hexdigest(), "png")
     meta = {
+        "split": split,
         "scene": scene.to_json(),
         "questions": [list(pair) for pair in questions(scene)],
         "held_out": any(is_held_out(thing) for thing in scene.objects),
     }
     return Document(f"shapes-{split}-{index:06d}", "shapes", (write_caption(scene, *words), image), meta)
-
-
-def read_shapes(config: CorpusConfig, split: str) -> Reading:
-    """config.num_documents training scenes or config.num_validation held-out ones; nothing is ever skipped."""
-    num_documents = config.num_documents if split == "train" else config.num_validation
-
-    def produce(reading: Reading) -> Iterator[Document]:
-        for index in range(num_documents):
-            yield make_document(config.seed, split, index, config.image_size)
-
-    return Reading(produce)

@@ -11,12 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmtrain.config import CorpusConfig, UserError
-from mmtrain.documents import decode_square, encode_png, read_corpus
-from mmtrain.documents.held_out import held_out_limit, held_out_pictures
+from mmtrain.documents import Account, decode_square, encode_png, judge, read_corpus
 
 BLOCK = 512
 LENIENT = {"max_bad_fraction": 1.0}
@@ -60,22 +57,17 @@ def write_webdataset(path: Path, numbers: range) -> Path:
     return path
 
 
-def read(path: Path | str, split: str = "train", **options):
-    config = CorpusConfig(name="web", kind="img2dataset", path=str(path), **options)
-    reading = read_corpus(config, split, Path(path))
-    return list(reading), reading
-
-
-def both(path: Path | str, **options):
-    """Documents of both splits, and the train reading."""
-    train, reading = read(path, **options)
-    return train + read(path, "validation", **options)[0], reading
+def read(path: Path | str | None, **options):
+    config = CorpusConfig(name="web", kind="img2dataset", path=path and str(path), **options)
+    account = Account()
+    documents = list(read_corpus(config, Path(), account))
+    judge(account, len(documents), config)
+    return documents, account
 
 
 def sentence(path: Path | str | None, **options) -> str:
-    config = CorpusConfig(name="web", kind="img2dataset", path=path and str(path), **options)
     with pytest.raises(UserError) as caught:
-        list(read_corpus(config, "train", Path()))
+        read(path, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -97,8 +89,8 @@ def test_every_sample_comes_with_its_caption_and_facts(tmp_path, writer):
         folder = "ü" * 40 + "/" if writer == "ustar" else "ü" * 150 + "/"  # too long for a plain header
         parts = [{folder + name: data for name, data in sample(n).items()} for n in range(8)]
         write_tar(tmp_path / "00000.tar", *parts, format=format)
-    documents, reading = both(tmp_path)
-    assert not reading.skipped
+    documents, account = read(tmp_path)
+    assert not account.bad and not account.skipped
     shown = {document.texts[0]: int(decode_square(document.images[0].data, 4)[0, 0, 0]) for document in documents}
     assert shown == {f"picture {number}": number for number in range(8)}
     for document in documents:
@@ -115,52 +107,19 @@ def test_order_is_that_of_the_tars_and_ids_are_stable_and_unique(tmp_path):
     (tmp_path / "part0/._00000.tar").write_bytes(b"left by another system")
     documents = read(tmp_path)[0]
     assert [d.meta["path"] for d in documents] == [
-        f"part{shard % 2}/{shard:05d}.tar/{n:09d}" for shard in (0, 2, 1) for n in (5, 3, 4) if n != held_out(tmp_path)
+        f"part{shard % 2}/{shard:05d}.tar/{n:09d}" for shard in (0, 2, 1) for n in (5, 3, 4)
     ]
-    assert len({document.id for document in both(tmp_path)[0]}) == 9
+    assert len({document.id for document in read(tmp_path)[0]}) == 9
     write_tar(tmp_path / "part0/00003.tar", sample(9))
-    assert {d.id for d in documents} <= {d.id for d in both(tmp_path)[0]}
-    alone = both(tmp_path / "part0/00000.tar")[0]
+    assert {d.id for d in documents} <= {d.id for d in read(tmp_path)[0]}
+    alone = read(tmp_path / "part0/00000.tar")[0]
     assert captions(alone) == pictures(3, 4, 5)
-
-
-def held_out(path: Path) -> int:
-    (number,) = {int(document.texts[0].split()[1]) for document in read(path, "validation")[0]}
-    return number
-
-
-def test_same_picture_in_two_tars_is_on_one_side_which_is_that_of_its_hash(tmp_path):
-    write_tar(tmp_path / "a.tar", *(sample(n) for n in range(30)))
-    write_tar(tmp_path / "b.tar", *(sample(n) for n in range(30)))
-    sides = {
-        split: {d.images[0].sha256 for d in read(tmp_path, split, validation_fraction=0.3)[0]}
-        for split in ("train", "validation")
-    }
-    hashes = sides["train"] | sides["validation"]
-    assert len(hashes) == 30 and not sides["train"] & sides["validation"]
-    assert sides["validation"] == held_out_pictures(hashes, 0.3, lambda _: True)
-
-
-@given(st.lists(st.integers(0, 255), max_size=14), st.sampled_from([0.0, 0.06, 0.5, 0.9]), st.randoms())
-@settings(max_examples=300, deadline=None)
-def test_sides_from_a_stream_are_those_of_the_whole(values, fraction, random):
-    hashes = [f"{value:02x}" + "5a" * 31 for value in values]  # with repetitions
-    good = {value for value in hashes if random.random() < 0.5}
-    limit = held_out_limit([(value, value.encode()) for value in hashes], fraction, lambda data: data.decode() in good)
-    whole = held_out_pictures(hashes, fraction, good.__contains__)
-    assert {value for value in hashes if value < limit} == whole
-
-
-def test_sides_are_known_after_a_few_pictures():
-    stream = iter([(f"{value:02x}" + "00" * 31, b"") for value in (200, 3, 4, 5)])
-    assert held_out_limit(stream, 0.5, lambda _: True) == "80000000"
-    assert len(list(stream)) == 2
 
 
 def test_caption_is_the_text_file_or_the_json(tmp_path):
     parts = [sample(n, caption=f"from json\n{n}") for n in range(6)]
     del parts[2]["000000002.txt"], parts[3]["000000003.json"]
-    assert captions(both(write_tar(tmp_path / "a.tar", *parts))[0]) == sorted(
+    assert captions(read(write_tar(tmp_path / "a.tar", *parts))[0]) == sorted(
         [*pictures(0, 1, 3, 4, 5), "from json 2"]
     )
 
@@ -189,14 +148,13 @@ def test_bad_samples_are_counted_and_named(tmp_path):
         "truncated": broken(111, jpg=png(111)[:-30]),
     }
     path = write_tar(tmp_path / "00000.tar", *(sample(n) for n in range(20)), *bad.values())
-    (train, reading), (validation, other) = (
-        read(path, split, max_pixels=100, **LENIENT) for split in ("train", "validation")
-    )
-    assert captions(train + validation) == pictures(*range(20))
-    skipped = reading.skipped + other.skipped
+    documents, account = read(path, max_pixels=100, **LENIENT)
+    assert captions(documents) == pictures(*range(20))
+    assert account.skipped == {"failed download": 1}
+    skipped = account.bad + account.skipped
     assert (skipped.pop("truncated picture", 0), skipped.pop("unreadable picture", 0)) in ((1, 0), (0, 1))
     assert skipped == dict.fromkeys(bad.keys() - {"truncated"}, 1)
-    examples = {**other.examples, **reading.examples}
+    examples = account.examples
     assert examples["failed download"] == "00000.tar/000000102"
     assert examples["path leaves the tar"] == "00000.tar/../../000000110.jpg"
     assert "max_bad_fraction" in sentence(path, max_pixels=100)
@@ -204,21 +162,21 @@ def test_bad_samples_are_counted_and_named(tmp_path):
 
 def test_failed_downloads_are_not_held_against_the_corpus(tmp_path):
     failed = [{f"{n:09d}.json": b'{"status": "failed_to_download"}'} for n in range(100, 150)]
-    documents, reading = both(write_tar(tmp_path / "a.tar", *(sample(n) for n in range(4)), *failed))
-    assert len(documents) == 4 and reading.skipped == {"failed download": 50}
+    documents, account = read(write_tar(tmp_path / "a.tar", *(sample(n) for n in range(4)), *failed))
+    assert len(documents) == 4 and not account.bad and account.skipped == {"failed download": 50}
 
 
 def test_members_that_do_not_lie_side_by_side_are_no_sample(tmp_path):
     first = sample(50)
     late = {"000000050.txt": first.pop("000000050.txt")}
-    documents, reading = both(write_tar(tmp_path / "a.tar", first, *(sample(n) for n in range(5)), late), **LENIENT)
+    documents, account = read(write_tar(tmp_path / "a.tar", first, *(sample(n) for n in range(5)), late), **LENIENT)
     assert captions(documents) == pictures(*range(5))
-    assert reading.skipped == {"no caption": 1, "duplicate key": 1}
+    assert account.bad == {"no caption": 1, "duplicate key": 1}
 
 
 def test_the_same_sample_twice_in_a_row_comes_once(tmp_path):
-    documents, reading = both(write_tar(tmp_path / "a.tar", *(sample(n) for n in (0, 1, 2, 3, 3))), **LENIENT)
-    assert captions(documents) == pictures(0, 1, 2, 3) and reading.skipped == {"duplicate key": 1}
+    documents, account = read(write_tar(tmp_path / "a.tar", *(sample(n) for n in (0, 1, 2, 3, 3))), **LENIENT)
+    assert captions(documents) == pictures(0, 1, 2, 3) and account.bad == {"duplicate key": 1}
 
 
 def test_links_devices_and_absolute_paths_are_never_followed(tmp_path):
@@ -232,9 +190,9 @@ def test_links_devices_and_absolute_paths_are_never_followed(tmp_path):
     folder = tarfile.TarInfo("folder")
     folder.type = tarfile.DIRTYPE
     parts += [folder, {f"{tmp_path}/000000910.jpg": png(9), f"{tmp_path}/000000910.txt": b"stolen"}]
-    documents, reading = both(write_tar(tmp_path / "a.tar", *parts), **LENIENT)
+    documents, account = read(write_tar(tmp_path / "a.tar", *parts), **LENIENT)
     assert captions(documents) == pictures(*range(8))
-    assert reading.skipped == {"not a regular file": 4, "no picture": 4, "path leaves the tar": 2}
+    assert account.bad == {"not a regular file": 4, "no picture": 4, "path leaves the tar": 2}
 
 
 def test_a_member_that_is_too_large_is_never_in_memory(tmp_path):
@@ -246,11 +204,11 @@ def test_a_member_that_is_too_large_is_never_in_memory(tmp_path):
         file.seek(header.size, os.SEEK_CUR)
         file.write(write_tar(tmp_path / "rest", *(sample(n) for n in range(6))).read_bytes())
     tracemalloc.start()
-    documents, reading = both(path, max_pixels=1000)
+    documents, account = read(path, max_pixels=1000)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert captions(documents) == pictures(*range(6))
-    assert reading.examples == {"member too large": "a.tar/000000999"}
+    assert account.examples == {"member too large": "a.tar/000000999"}
     assert peak_bytes < 20 * 2**20
 
 
@@ -269,10 +227,10 @@ def test_an_extended_header_that_is_too_large_is_never_in_memory(tmp_path):
         file.write(content)
         file.truncate(len(content) + header.size)
     tracemalloc.start()
-    reading = both(path, **LENIENT)[1]
+    account = read(path, **LENIENT)[1]
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "extended header" in reading.examples["damaged tar"] and peak_bytes < 20 * 2**20
+    assert "extended header" in account.examples["damaged tar"] and peak_bytes < 20 * 2**20
 
 
 @pytest.mark.parametrize("num_bytes", [2**80, 2**40, -1024])
@@ -281,8 +239,8 @@ def test_a_header_may_claim_any_size(tmp_path, num_bytes):
     header = tarfile.TarInfo("000000999.jpg")
     header.size = num_bytes
     path.write_bytes(without_end(path) + header.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK))
-    documents, reading = both(path, **LENIENT)
-    assert captions(documents) == pictures(*range(5)) and reading.skipped == {"damaged tar": 2}
+    documents, account = read(path, **LENIENT)
+    assert captions(documents) == pictures(*range(5)) and account.bad == {"damaged tar": 2}
 
 
 @pytest.mark.parametrize(
@@ -294,9 +252,9 @@ def test_a_broken_extended_header_is_damage(tmp_path, records):
     header.type, header.size = tarfile.XHDTYPE, len(records)
     content = without_end(path) + header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % BLOCK)
     path.write_bytes(content + write_tar(tmp_path / "rest", sample(9)).read_bytes())
-    documents, reading = both(path, **LENIENT)
-    assert captions(documents) == pictures(*range(5)) and reading.skipped == {"damaged tar": 2}
-    assert "extended header" in reading.examples["damaged tar"]
+    documents, account = read(path, **LENIENT)
+    assert captions(documents) == pictures(*range(5)) and account.bad == {"damaged tar": 2}
+    assert "extended header" in account.examples["damaged tar"]
 
 
 def headers(content: bytes) -> list[int]:
@@ -304,21 +262,20 @@ def headers(content: bytes) -> list[int]:
     return [at for at in range(0, len(content), BLOCK) if content[at + 257 : at + 262] == b"ustar"]
 
 
-def account(path: Path, num_samples: int) -> tuple[list[str], bool]:
+def account_of(path: Path, num_samples: int) -> tuple[list[str], bool]:
     """Captions that came, and whether a damage was named; every one of the samples must be accounted for."""
     try:
-        (train, reading), (validation, other) = (read(path, split, **LENIENT) for split in ("train", "validation"))
+        documents, account = read(path, **LENIENT)
     except UserError as error:
-        assert "has no usable captioned picture" in str(error) and "damaged tar (first: 00000.tar, " in str(error)
+        assert "has no usable document" in str(error) and "damaged tar (first: 00000.tar, " in str(error)
         return [], True
-    assert ("damaged tar" in reading.skipped) == ("damaged tar" in other.skipped)
-    for document in train + validation:  # nothing that came is made of two samples
+    for document in documents:  # nothing that came is made of two samples
         number = int(document.texts[0].split()[1])
         assert document.images[0].data == png(number) and document.meta["url"].endswith(f"/{number}")
     # The place of the damage is one entry more; a missing sample is counted by the _stats.json.
-    num_skipped = sum(reading.skipped.values()) - bool(reading.skipped["damaged tar"])
-    assert len(train) + len(validation) + num_skipped == num_samples
-    return captions(train + validation), "damaged tar" in reading.skipped
+    num_bad = account.bad.total() - bool(account.bad["damaged tar"])
+    assert len(documents) + num_bad + account.skipped.total() == num_samples
+    return captions(documents), "damaged tar" in account.bad
 
 
 @pytest.mark.parametrize("writer", [write_webdataset, lambda path, numbers: write_tar(path, *map(sample, numbers))])
@@ -327,11 +284,11 @@ def test_a_tar_cut_anywhere_is_noticed_and_every_sample_accounted_for(tmp_path, 
     (tmp_path / "00000_stats.json").write_text('{"count": 9, "successes": 5}')
     starts = [content.index(f"{number:09d}.jpg".encode()) // BLOCK * BLOCK for number in range(5)]
     end = headers(content)[-1] + 2 * BLOCK  # of the last member, whose content fits into a block
-    assert account(tmp_path / "00000.tar", 5) == (pictures(*range(5)), False)
+    assert account_of(tmp_path / "00000.tar", 5) == (pictures(*range(5)), False)
     for boundary in range(0, len(content), BLOCK):
         for cut in (boundary, boundary + 100):
             (tmp_path / "00000.tar").write_bytes(content[:cut])
-            came, is_named = account(tmp_path / "00000.tar", 5)
+            came, is_named = account_of(tmp_path / "00000.tar", 5)
             # A sample is known to be whole when the first member of the next one has come, here two blocks.
             assert set(came) >= set(pictures(*(n for n in range(4) if cut >= starts[n + 1] + 2 * BLOCK)))
             assert is_named == (cut < end + 2 * BLOCK), cut
@@ -351,10 +308,10 @@ def test_a_flipped_byte_in_any_header_is_noticed(tmp_path, writer, with_stats):
             flipped[offset + place] ^= 0xFF
             (tmp_path / "00000.tar").write_bytes(flipped)
             if with_stats:
-                assert account(tmp_path / "00000.tar", 5)[1]
+                assert account_of(tmp_path / "00000.tar", 5)[1]
             else:
                 try:
-                    assert both(tmp_path, **LENIENT)[1].examples["damaged tar"].startswith("00000.tar, ")
+                    assert read(tmp_path, **LENIENT)[1].examples["damaged tar"].startswith("00000.tar, ")
                 except UserError as error:
                     assert "damaged tar" in str(error)
 
@@ -365,29 +322,29 @@ def test_zeros_over_a_part_of_a_tar_are_no_end(tmp_path):
     start = content.index(b"000000003.jpg")
     content[start : start + 4 * BLOCK] = bytes(4 * BLOCK)
     path.write_bytes(content)
-    documents, reading = both(path, **LENIENT)
-    assert captions(documents) == pictures(0, 1) and reading.skipped == {"damaged tar": 2}
+    documents, account = read(path, **LENIENT)
+    assert captions(documents) == pictures(0, 1) and account.bad == {"damaged tar": 2}
 
 
 def test_one_damaged_tar_costs_the_others_nothing(tmp_path):
     for shard in range(3):
         write_tar(tmp_path / f"{shard}.tar", *(sample(10 * shard + n) for n in range(5)))
     (tmp_path / "1.tar").write_bytes(b"")
-    documents, reading = both(tmp_path)
+    documents, account = read(tmp_path)
     assert captions(documents) == pictures(*range(5), *range(20, 25))
-    assert reading.examples == {"damaged tar": "1.tar, cut at byte 0"}
+    assert account.examples == {"damaged tar": "1.tar, cut at byte 0"}
 
 
 def test_a_tar_with_fewer_samples_than_its_stats_say_is_named(tmp_path):
     write_tar(tmp_path / "00007.tar", *(sample(n) for n in range(10)), {"000000090.json": b'{"status": "failed"}'})
     (tmp_path / "00007_stats.json").write_text('{"count": 20, "successes": 12}')
     (tmp_path / "00007.parquet").write_bytes(b"not read")
-    documents, reading = both(tmp_path)
-    assert len(documents) == 10 and reading.skipped == {"missing in the tar": 2, "failed download": 1}
-    assert reading.examples["missing in the tar"] == "00007.tar, 10 of 12"
+    documents, account = read(tmp_path)
+    assert len(documents) == 10 and account.bad + account.skipped == {"missing in the tar": 2, "failed download": 1}
+    assert account.examples["missing in the tar"] == "00007.tar, 10 of 12"
     for content in ("{", "[]", '{"successes": "12"}', "{}"):
         (tmp_path / "00007_stats.json").write_text(content)
-        assert read(tmp_path)[1].skipped["unreadable _stats.json"] == 1
+        assert read(tmp_path)[1].bad["unreadable _stats.json"] == 1
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path):
@@ -397,27 +354,22 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     write_tar(folder / "a.tar", *(sample(n) for n in range(4)))
     os.symlink(outside, folder / "b.tar")
     os.mkfifo(folder / "c.tar")
-    documents, reading = both(folder, **LENIENT)
+    documents, account = read(folder, **LENIENT)
     assert captions(documents) == pictures(0, 1, 2, 3)
-    assert reading.examples == {"path leaves the folder": "b.tar", "unreadable file": "c.tar"}
+    assert account.examples == {"path leaves the folder": "b.tar", "unreadable file": "c.tar"}
 
 
 def test_facts_of_another_type_are_left_out_and_all_can_be_stored(tmp_path):
     odd = [sample(0, url="a\ud800", original_width=float("nan")), sample(1, url=None), sample(2, original_width=True)]
     del odd[0]["000000000.txt"]
     odd[0]["000000000.json"] = odd[0]["000000000.json"].replace(b"{", b'{"caption": "x\\udfffy",', 1)
-    documents = both(write_tar(tmp_path / "a.tar", *odd))[0]
+    documents = read(write_tar(tmp_path / "a.tar", *odd))[0]
     assert [d.meta for d in sorted(documents, key=lambda d: d.meta["path"])] == [
         {"path": "a.tar/000000000", "url": "a?"},
         {"path": "a.tar/000000001", "original_width": 40},
         {"path": "a.tar/000000002", "url": "https://example.org/2"},
     ]
     json.dumps([[d.texts, d.meta] for d in documents], ensure_ascii=False, allow_nan=False).encode()
-
-
-def test_max_documents_stops_each_split(tmp_path):
-    write_tar(tmp_path / "a.tar", *(sample(n) for n in range(20)))
-    assert len(read(tmp_path, max_documents=5)[0]) == 5
 
 
 def test_nothing_to_read_is_one_sentence(tmp_path):
@@ -427,6 +379,6 @@ def test_nothing_to_read_is_one_sentence(tmp_path):
     (tmp_path / "notes.md").write_text("x")
     assert "neither a folder nor a .tar" in sentence(tmp_path / "notes.md")
     write_tar(tmp_path / "empty.tar")
-    assert "no usable captioned picture" in sentence(tmp_path)
+    assert "no usable document" in sentence(tmp_path)
     write_tar(tmp_path / "bad.tar", {"a.jpg": b"no picture", "a.txt": b"caption"})
     assert "not a PNG" in sentence(tmp_path)

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmtrain.config import CorpusConfig, UserError
-from mmtrain.documents import decode_square, encode_png, read_corpus
-from mmtrain.documents.held_out import held_out_pictures
+from mmtrain.documents import Account, decode_square, encode_png, judge, read_corpus
 
 
 def png(number: int) -> bytes:
@@ -32,14 +29,11 @@ def folder_of(root: Path, count: int = 8) -> Path:
     return root
 
 
-def read(path: Path | str, split: str = "train", **options):
-    config = CorpusConfig(name="mine", kind="pairs", path=str(path), **options)
-    reading = read_corpus(config, split, Path(path))
-    return list(reading), reading
-
-
-def both(path: Path, **options):
-    return read(path, **options)[0] + read(path, "validation", **options)[0]
+def read(path: Path | str, **options):
+    config, account = CorpusConfig(name="mine", kind="pairs", path=str(path), **options), Account()
+    documents = list(read_corpus(config, Path(path), account))
+    judge(account, len(documents), config)
+    return documents, account
 
 
 def sentence(path: Path | str, **options) -> str:
@@ -50,32 +44,18 @@ def sentence(path: Path | str, **options) -> str:
 
 
 def test_folder_gives_each_picture_with_its_caption(tmp_path):
-    documents = both(folder_of(tmp_path))
+    documents = read(folder_of(tmp_path))[0]
     shown = {document.texts[0]: int(decode_square(document.images[0].data, 4)[0, 0, 0]) for document in documents}
     assert shown == {f"picture {number}": number for number in range(8)}
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", document.id) for document in documents)
     assert len({document.id for document in documents}) == 8
 
 
-def test_ids_and_sides_stay_when_pictures_are_added(tmp_path):
-    folder_of(tmp_path, 30)
-    before = {s: {d.id for d in read(tmp_path, s, validation_fraction=0.3)[0]} for s in ("train", "validation")}
-    folder_of(tmp_path, 40)
-    after = {s: {d.id for d in read(tmp_path, s, validation_fraction=0.3)[0]} for s in ("train", "validation")}
-    assert before["train"] and before["train"] < after["train"]
-    assert before["validation"] and before["validation"] < after["validation"]
-
-
-def test_same_picture_under_two_names_is_on_one_side(tmp_path):
-    folder_of(tmp_path, 20)
-    for number in range(20):
-        write(tmp_path / f"copy{number}.png", png(number))
-        write(tmp_path / f"copy{number}.txt", "copy")
-    train, validation = (
-        {d.images[0].sha256 for d in read(tmp_path, split, validation_fraction=0.4)[0]}
-        for split in ("train", "validation")
-    )
-    assert train and validation and not train & validation
+def test_ids_stay_when_pictures_are_added_and_a_prefix_is_a_sample(tmp_path):
+    before = [document.id for document in read(folder_of(tmp_path, 30))[0]]
+    after = [document.id for document in read(folder_of(tmp_path, 40))[0]]
+    assert [document_id for document_id in after if document_id in before] == before
+    assert {document.meta["path"][:4] for document in read(tmp_path)[0][:10]} == {"sub0", "sub1"}
 
 
 @pytest.mark.parametrize("columns", [("image", "caption"), ("file_name", "text")])
@@ -90,7 +70,7 @@ def test_table_of_captions(tmp_path, columns, kind):
         else:
             file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
     for path in (table, tmp_path):
-        documents = both(path)
+        documents = read(path)[0]
         assert sorted(d.texts[0] for d in documents) == ["again", *(f'caption, "{n}"' for n in range(3))]
         assert len({document.id for document in documents}) == 4
         assert len({document.meta["path"] for document in documents}) == 3
@@ -113,9 +93,13 @@ def test_bad_entries_are_counted_and_named(tmp_path):
     write(tmp_path / "link.png", png(63))
     os.mkfifo(tmp_path / "pipe.png")
     write(tmp_path / "pipe.txt", "a pipe")
-    documents, reading = read(tmp_path, max_pixels=100, max_bad_fraction=0.9, validation_fraction=0.0)
-    assert len(documents) == 19  # one is held out all the same
-    named = dict(reading.examples)
+    write(tmp_path / "notes.txt", "of no picture")
+    write(tmp_path / ".hidden.png", png(64))
+    write(tmp_path / ".cache/a.png", png(65))
+    os.symlink(tmp_path / "sub0", tmp_path / "again")
+    documents, account = read(tmp_path, max_pixels=100, max_bad_fraction=0.9)
+    assert len(documents) == 20
+    named = dict(account.examples)
     assert "cut.png" in (named.pop("truncated picture", None), named.pop("unreadable picture", None))
     assert named == {
         "too many pixels": "huge.png",
@@ -126,8 +110,12 @@ def test_bad_entries_are_counted_and_named(tmp_path):
         "no .txt beside it": "alone.png",
         "path leaves the folder": "link.png",
         "unreadable file": "pipe.png",
+        "no picture beside it": "notes.txt",
+        "hidden file": ".hidden.png",
+        "hidden folder": ".cache",
+        "link to a folder": "again",
     }
-    assert sum(reading.skipped.values()) == 9
+    assert account.bad.total() == 9 and account.skipped.total() == 4
     assert "max_bad_fraction" in sentence(tmp_path, max_pixels=100)
 
 
@@ -136,12 +124,15 @@ def test_table_paths_may_not_leave_its_folder(tmp_path):
     write(tmp_path / "secret.png", png(200))
     rows = [{"image": f"sub{n % 2}/p{n}.png", "caption": "fine"} for n in range(6)]
     names = ["../secret.png", str(tmp_path / "secret.png"), "sub0/../../secret.png", "a\0.png", "\ud800.png"]
+    names += ["link/../../secret.png", "link.png"]
     rows += [{"image": name, "caption": "stolen"} for name in names]
     write(tmp_path / "inside/all.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n{broken\n[1]\n{}\n")
-    documents = both(tmp_path / "inside/all.jsonl", max_bad_fraction=1.0)
+    os.makedirs(tmp_path / "inside/deep/er")
+    os.symlink("deep/er", tmp_path / "inside/link")
+    os.symlink("../secret.png", tmp_path / "inside/link.png")
+    documents, account = read(tmp_path / "inside/all.jsonl", max_bad_fraction=1.0)
     assert [document.texts[0] for document in documents] == ["fine"] * 6
-    reading = read(tmp_path / "inside/all.jsonl", max_bad_fraction=1.0)[1]
-    assert reading.skipped == {
+    assert account.bad == {
         "path leaves the folder": len(names),
         "line is no JSON object": 2,
         "row without picture or caption": 1,
@@ -161,12 +152,7 @@ def test_nothing_to_read_is_one_sentence(tmp_path):
     assert "not UTF-8" in sentence(tmp_path / "u.jsonl")
     write(tmp_path / "bad/a.png", b"no picture")
     write(tmp_path / "bad/a.txt", "caption")
-    assert "no usable captioned picture" in sentence(tmp_path / "bad")
-
-
-def test_max_documents_stops_each_split(tmp_path):
-    folder_of(tmp_path, 20)
-    assert len(read(tmp_path, max_documents=5)[0]) == 5
+    assert "no usable document" in sentence(tmp_path / "bad")
 
 
 def test_name_that_is_not_text_can_be_stored(tmp_path):
@@ -175,17 +161,6 @@ def test_name_that_is_not_text_can_be_stored(tmp_path):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff" + suffix)).write_bytes(
             png(9) if suffix == b".png" else b"x"
         )
-    documents = both(tmp_path)
+    documents = read(tmp_path)[0]
     assert len(documents) == 3
     json.dumps([document.meta for document in documents], ensure_ascii=False).encode()
-
-
-@given(st.sets(st.integers(0, 2**256 - 1), max_size=12), st.floats(0, 0.9), st.randoms())
-@settings(max_examples=200, deadline=None)
-def test_two_good_pictures_are_enough_for_both_sides(values, fraction, random):
-    hashes = [f"{value:064x}" for value in values]
-    good = {value for value in hashes if random.random() < 0.5}
-    held_out = held_out_pictures(hashes, fraction, good.__contains__)
-    assert held_out <= set(hashes)
-    assert bool(good - held_out) == (len(good) >= 1)
-    assert bool(good & held_out) == (len(good) >= 2)

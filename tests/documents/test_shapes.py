@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.config import CorpusConfig
-from mmtrain.documents import decode_square, read_corpus
+from mmtrain.documents import Document, decode_square, read_corpus
 from mmtrain.documents.captions import (
     NUM_PHRASINGS,
     NUM_PLACE_CHOICES,
@@ -23,6 +24,11 @@ from mmtrain.documents.shapes import HELD_OUT, make_document, make_scene, parse_
 
 splits = st.sampled_from(["train", "validation"])
 indices = st.integers(0, 10**6)
+
+
+def read(split: str, **options) -> list[Document]:
+    documents = read_corpus(CorpusConfig(**options), Path())
+    return [document for document in documents if document.meta["split"] == split]
 
 
 def canonical(scene: Scene) -> set[tuple[int, str, int]]:
@@ -95,7 +101,7 @@ def test_held_out_combinations_never_occur_in_train_and_do_in_validation():
 
     assert pairs("train") == set(itertools.product(COLORS, SHAPES)) - HELD_OUT
     assert pairs("validation") >= HELD_OUT
-    documents = list(read_corpus(CorpusConfig(num_validation=60), "validation", cache=None))
+    documents = read("validation", num_documents=1, num_validation=60)
     for document in documents:
         things = Scene.from_json(document.meta["scene"]).objects
         assert document.meta["held_out"] == any((t.color, t.shape) in HELD_OUT for t in things)
@@ -103,8 +109,9 @@ def test_held_out_combinations_never_occur_in_train_and_do_in_validation():
 
 
 def test_corpus_gives_the_configured_number_of_square_pictures():
-    documents = list(read_corpus(CorpusConfig(num_documents=7, image_size=48), "train", cache=None))
+    documents = read("train", num_documents=7, image_size=48)
     assert [document.id for document in documents] == [f"shapes-train-{index:06d}" for index in range(7)]
+    assert documents == [make_document(0, "train", index, 48) for index in range(7)]
     for document in documents:
         assert re.fullmatch(r"[A-Za-z0-9_-]+", document.id)
         assert isinstance(document.segments[0], str)

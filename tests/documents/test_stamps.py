@@ -1,12 +1,13 @@
-"""Stamps from an extracted folder: languages, SVG, variants, sizes; and what is said where apt is missing."""
+"""Stamps from an extracted folder: languages, SVG, variants, sizes; and what is said where apt fails."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmtrain.config import CorpusConfig, UserError
-from mmtrain.documents import decode_square, encode_png, read_corpus
+from mmtrain.documents import Account, decode_square, encode_png, read_corpus
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="72pt" height="36pt"><rect width="96" height="48" fill="red"/></svg>'
@@ -32,42 +33,40 @@ def extracted(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(path: Path, languages: list[str], split: str):
-    config = CorpusConfig(kind="stamps", path=str(path), languages=languages, validation_fraction=0.3)
-    reading = read_corpus(config, split, path)
-    return list(reading), reading
+def read(path: Path, languages: list[str]):
+    config = CorpusConfig(kind="stamps", path=str(path), languages=languages)
+    account = Account()
+    return list(read_corpus(config, path, account)), account
 
 
-def test_one_document_per_picture_and_language_all_on_one_side(extracted):
-    paths = {}
-    for split in ("train", "validation"):
-        documents, _ = read(extracted, ["en", "de", "sr@latin"], split)
-        paths[split] = {document.meta["path"] for document in documents}
-        for path in paths[split] - {"animals/birds/drawn.svg"}:
-            number = path[-5]
-            mine = {d.meta["language"]: d.texts[0] for d in documents if d.meta["path"] == path}
-            assert mine == {"en": f"Bird {number}.", "de": f"Vogel {number}.", "sr@latin": f"Ptica = {number}"}
-        assert len({document.id for document in documents}) == len(documents)
-        assert {document.meta["category"] for document in documents} == {"animals"}
-    assert len(paths["train"] | paths["validation"]) == 11 and not paths["train"] & paths["validation"]
+def test_one_document_per_picture_and_language(extracted):
+    documents, _ = read(extracted, ["en", "de", "sr@latin"])
+    paths = {document.meta["path"] for document in documents}
+    assert len(paths) == 11
+    for path in paths - {"animals/birds/drawn.svg"}:
+        number = path[-5]
+        mine = {d.meta["language"]: d.texts[0] for d in documents if d.meta["path"] == path}
+        assert mine == {"en": f"Bird {number}.", "de": f"Vogel {number}.", "sr@latin": f"Ptica = {number}"}
+    assert len({document.id for document in documents}) == len(documents) == 31
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", document.id) for document in documents)
+    assert {document.meta["category"] for document in documents} == {"animals"}
 
 
 def test_variants_and_faults_are_counted(extracted):
-    skipped = {}
-    for split in ("train", "validation"):
-        reading = read(extracted, ["en", "de"], split)[1]
-        skipped |= reading.examples
-    assert skipped == {
+    (extracted / "usr/share/tuxpaint/stamps/animals/alone.png").write_bytes(encode_png(np.zeros((9, 9, 3), np.uint8)))
+    account = read(extracted, ["en", "de"])[1]
+    assert account.examples == {
         "mirrored or flipped variant": "animals/birds/bird1_mirror.png",
         "the same picture in another format": "animals/birds/bird1.svg",
+        "no .txt beside it": "animals/alone.png",
         "no caption in de": "animals/birds/broken.svg",
         "SVG cannot be drawn": "animals/birds/broken.svg",
     }
+    assert account.bad == {"no .txt beside it": 1, "SVG cannot be drawn": 1}
 
 
 def test_svg_is_rendered_and_big_pictures_are_stored_smaller(extracted):
-    documents = [d for split in ("train", "validation") for d in read(extracted, ["en"], split)[0]]
-    by_name = {Path(d.meta["path"]).stem: d for d in documents}
+    by_name = {Path(d.meta["path"]).stem: d for d in read(extracted, ["en"])[0]}
     drawn, big, small = (by_name[name] for name in ("drawn", "bird0", "bird2"))
     assert (drawn.meta["stored"], drawn.images[0].width, drawn.images[0].height) == ("rendered", 256, 128)
     assert (decode_square(drawn.images[0].data, 64)[32, 32] == (255, 0, 0)).all()
@@ -77,20 +76,13 @@ def test_svg_is_rendered_and_big_pictures_are_stored_smaller(extracted):
 
 def test_unknown_language_names_the_known_ones(extracted):
     with pytest.raises(UserError, match=r"no stamp has a caption in xx; there are de, en, sr@latin\.$"):
-        read(extracted, ["en", "xx"], "train")
+        read(extracted, ["en", "xx"])
 
 
-def test_machine_without_apt_is_told_what_else_there_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"apt-get is not installed.*corpus=shapes"):
-        list(read_corpus(CorpusConfig(kind="stamps"), "train", tmp_path / "cache"))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_failing_apt_is_quoted(tmp_path, monkeypatch):
+def test_failing_apt_is_quoted_and_other_corpora_named(tmp_path, monkeypatch):
     (tmp_path / "apt-get").write_text('#!/bin/sh\necho "E: Unable to locate package" >&2\nexit 100\n')
     (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"Unable to locate package.*corpus=pairs"):
-        list(read_corpus(CorpusConfig(kind="stamps"), "train", tmp_path / "cache"))
+        list(read_corpus(CorpusConfig(kind="stamps"), tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
