@@ -12,7 +12,7 @@ from mmtrain.objective.cells import NO_CELL, picture_cells
 from mmtrain.objective.cm3 import cm3, rotate, unrotate
 from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
 from mmtrain.objective.sequence import TrainingSequence
-from mmtrain.objective.training import training_sequence
+from mmtrain.objective.training import training_sequences
 
 __all__ = [
     "NO_CELL",
@@ -25,7 +25,7 @@ __all__ = [
     "picture_cells",
     "rotate",
     "text_to_image_prompt",
-    "training_sequence",
+    "training_sequences",
     "unconditional_image_prompt",
     "unrotate",
 ]

@@ -47,22 +47,33 @@ def arrange(document: np.ndarray, vocabulary: Vocabulary, order: str, rng: np.ra
     return np.concatenate([second, document[cut : cut + 1], first])
 
 
-def fit_query(query: np.ndarray, vocabulary: Vocabulary, limit: int) -> np.ndarray:
-    """The longest run of leading whole segments with at most `limit` ids; a leading text longer than that is cut.
+def split_windows(document: np.ndarray, vocabulary: Vocabulary, limit: int) -> list[np.ndarray]:
+    """The document as consecutive windows of at most `limit` ids: as many whole segments as fit in each.
 
-    Raises UserError when the first segment is a picture that does not fit: half a picture is no picture.
+    The `<break>` between two windows falls away; a text segment longer than a window is cut. Nothing else is lost.
+    document: (n,) ids. Returns views of it, one where it fits.
+    Raises UserError for a picture that does not fit: half a picture is no picture.
     """
-    if len(query) <= limit:
-        return query
-    breaks = np.flatnonzero(query[: limit + 1] == vocabulary.brk)
-    if len(breaks):
-        return query[: breaks[-1]]
-    if vocabulary.image_start <= int(query[0]) < vocabulary.image_end:
-        raise UserError(
-            f"a picture does not fit a sequence: only {limit} tokens are free between the <eos> tokens; "
-            "set a larger stream.sequence_length or image_tokenizer.downsample"
-        )
-    return query[:limit]
+    if len(document) <= limit:
+        return [document]
+    breaks = np.flatnonzero(document == vocabulary.brk)
+    windows = []
+    start = 0
+    while len(document) - start > limit:
+        before = int(np.searchsorted(breaks, start + limit, side="right")) - 1
+        end = int(breaks[before]) if before >= 0 else -1
+        if end > start:
+            windows.append(document[start:end])
+            start = end + 1
+            continue
+        if vocabulary.image_start <= int(document[start]) < vocabulary.image_end:
+            raise UserError(
+                f"a picture does not fit a sequence: only {limit} tokens are free between the <eos> tokens; "
+                "set a larger stream.sequence_length or image_tokenizer.downsample"
+            )
+        windows.append(document[start : start + limit])
+        start += limit
+    return [*windows, document[start:]]
 
 
 def fit_retrieved(retrieved: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:

@@ -21,8 +21,10 @@ class TrainingSequence:
     cell: np.ndarray
     """(n,) int32; place of an image token in its picture (raster order), also where a mask moved it; else -1."""
     num_masks: int = 0
-    truncated: bool = False
-    """Trailing segments of the query document were left out, or a text was cut, to fit."""
+    window: int = 0
+    """Number of this window of its document."""
+    num_windows: int = 1
+    """Windows that the query document was split into to fit."""
     dropped_retrieved: int = 0
     """Retrieved documents left out to fit."""
 

@@ -99,8 +99,11 @@ def repeated_ids(folder: Path) -> list[str]:
 
 
 def _unvouched(folder: Path) -> list[Path]:
-    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [folder / n for n in names if "/." not in f"/{n.as_posix()}" and n.name != SEAL and not SHARD.fullmatch(n.name)]
+    def is_vouched(name: Path) -> bool:
+        return any(part.startswith(".") for part in name.parts) or name.name == SEAL or bool(SHARD.fullmatch(name.name))
+
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if not is_vouched(path.relative_to(folder))]
 
 
 def _sha256(path: Path) -> str:

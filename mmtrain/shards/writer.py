@@ -255,7 +255,9 @@ class _Shard:
     def open(self) -> None:
         """Start the tar."""
         self.file = open(self.partials[self.name], "wb")  # noqa: SIM115 - closed in close or remove
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.tar = tarfile.open(  # noqa: SIM115
+            fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT
+        )
 
     def add(
         self,
@@ -293,7 +295,8 @@ class _Shard:
         self.tar.close()
         self.file.close()
         rows = self.rows.values()
-        index = build_index(list(self.rows), [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        columns = ([row[column] for row in rows] for column in range(3))
+        index = build_index(list(self.rows), *columns)
         save_index(self.partials[index_name(self.name)], index)
         facts: dict[str, tuple[int, str]] = {}
         for name, partial in self.partials.items():

@@ -5,10 +5,21 @@ It must never let a batch depend on anything but seed and step: not on the numbe
 asked before, on prefetching, or on the clock.
 """
 
-from mmtrain.stream.batch import Batch, BatchCounts
-from mmtrain.stream.order import permute
-from mmtrain.stream.prefetch import prefetch
+from mmtrain.stream.batch import COLUMNS, Batch, BatchCounts
+from mmtrain.stream.order import Order, permute
+from mmtrain.stream.prefetch import Batches, prefetch
 from mmtrain.stream.source import Source
 from mmtrain.stream.stream import Stream, merge_states
 
-__all__ = ["Batch", "BatchCounts", "Source", "Stream", "merge_states", "permute", "prefetch"]
+__all__ = [
+    "COLUMNS",
+    "Batch",
+    "BatchCounts",
+    "Batches",
+    "Order",
+    "Source",
+    "Stream",
+    "merge_states",
+    "permute",
+    "prefetch",
+]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,12 @@ from mmtrain.objective import NO_CELL, TrainingSequence
 from mmtrain.tokens import MODALITIES, Vocabulary
 
 KINDS = (*MODALITIES, "retrieved")
+RETRIEVED = KINDS.index("retrieved")
+COLUMNS = ("documents", "sequences", "split_documents", "dropped_retrieved", *KINDS, "taken")
+"""What is counted for each source: documents begun in these rows, their training sequences, documents split into
+windows, retrieved documents left out because they did not fit, tokens by kind, and documents that the lanes of these
+rows have taken since the start of the run, summed over the rows."""
+FIRST_KIND = COLUMNS.index(KINDS[0])
 
 
 class Batch(TypedDict):
@@ -34,27 +40,42 @@ class Batch(TypedDict):
 class BatchCounts:
     """What the rows of one rank hold in one step."""
 
-    padding: float
-    """Share of the positions that hold no document."""
-    tokens: dict[str, int]
-    """Tokens by kind: text, image, special (sentinels among them); retrieved = any token of a retrieved document."""
+    rows: int
+    by_source: np.ndarray
+    """(sources, len(COLUMNS)) int64, sources in the order of the stream."""
     lengths: np.ndarray
-    """(documents,) int64, length of every packed document: attention costs the sum of their squares."""
-    truncated: int
-    """Documents that lost segments because they were longer than a row."""
-    dropped_retrieved: int
-    """Retrieved documents left out because they did not fit."""
+    """(sequences,) int64, length of every packed sequence: attention costs the sum of their squares."""
+    positions: int
+    """Tokens and padding: rows times their length."""
+    seconds: float = 0.0
+    """Time that it took to make the batch."""
+
+    def total(self, column: str) -> int:
+        """One of COLUMNS summed over all sources."""
+        return int(self.by_source[:, COLUMNS.index(column)].sum())
 
     @property
-    def documents(self) -> int:
-        """Documents packed into the rows."""
-        return len(self.lengths)
+    def tokens(self) -> dict[str, int]:
+        """Tokens by kind: text, image, special (with sentinels); retrieved = any token of a retrieved document."""
+        return {kind: self.total(kind) for kind in KINDS}
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions that hold no document."""
+        return 1.0 - float(self.lengths.sum()) / self.positions
 
 
 def collate(
-    rows: Sequence[Sequence[TrainingSequence]], sequence_length: int, vocabulary: Vocabulary
+    rows: Sequence[Sequence[TrainingSequence]],
+    sources: Sequence[Sequence[int]],
+    num_sources: int,
+    sequence_length: int,
+    vocabulary: Vocabulary,
 ) -> tuple[Batch, BatchCounts]:
-    """Lay the sequences of each row side by side; each row's lengths add up to at most `sequence_length`."""
+    """Lay the sequences of each row side by side; each row's lengths add up to at most `sequence_length`.
+
+    sources: for every sequence the number of its source. The column "taken" of the counts is left 0.
+    """
     shape = (len(rows), sequence_length)
     tokens = np.full(shape, vocabulary.pad, dtype=np.int64)
     targets = np.full(shape, vocabulary.pad, dtype=np.int64)
@@ -62,29 +83,33 @@ def collate(
     document = np.full(shape, -1, dtype=np.int32)
     position = np.zeros(shape, dtype=np.int32)
     cell = np.full(shape, NO_CELL, dtype=np.int32)
-    is_retrieved = np.zeros(shape, dtype=bool)
+    kind = np.full(shape, -1, dtype=np.int64)
+    by_source = np.zeros((num_sources, len(COLUMNS)), dtype=np.int64)
+    places = np.arange(sequence_length, dtype=np.int32)
     for i, row in enumerate(rows):
         start = 0
-        for number, sequence in enumerate(row):
+        for number, (sequence, source) in enumerate(zip(row, sources[i], strict=True)):
             end = start + len(sequence)
             tokens[i, start:end] = sequence.tokens
             targets[i, start : end - 1] = sequence.tokens[1:]
             loss_weight[i, start:end] = sequence.loss_weight
             document[i, start:end] = number
-            position[i, start:end] = np.arange(len(sequence))
+            position[i, start:end] = places[: end - start]
             cell[i, start:end] = sequence.cell
-            is_retrieved[i, start:end] = sequence.is_retrieved
+            kind[i, start:end] = np.where(sequence.is_retrieved, RETRIEVED, 0) + source * len(KINDS)
+            is_first, is_split = sequence.window == 0, sequence.num_windows > 1
+            by_source[source, :4] += (is_first, 1, is_first and is_split, sequence.dropped_retrieved)
             start = end
     is_document = document >= 0
-    kind = np.where(is_retrieved, KINDS.index("retrieved"), vocabulary.modality(tokens))[is_document]
-    by_kind = np.bincount(kind, minlength=len(KINDS)).tolist()
-    sequences = [sequence for row in rows for sequence in row]
+    is_retrieved = kind % len(KINDS) == RETRIEVED
+    kind += np.where(is_retrieved, 0, vocabulary.modality(tokens))
+    by_kind = np.bincount(kind[is_document], minlength=num_sources * len(KINDS))
+    by_source[:, FIRST_KIND : FIRST_KIND + len(KINDS)] = by_kind.reshape(num_sources, len(KINDS))
     counts = BatchCounts(
-        padding=1.0 - float(is_document.mean()),
-        tokens=dict(zip(KINDS, by_kind, strict=True)),
-        lengths=np.array([len(sequence) for sequence in sequences], dtype=np.int64),
-        truncated=sum(sequence.truncated for sequence in sequences),
-        dropped_retrieved=sum(sequence.dropped_retrieved for sequence in sequences),
+        rows=len(rows),
+        by_source=by_source,
+        lengths=np.array([len(sequence) for row in rows for sequence in row], dtype=np.int64),
+        positions=len(rows) * sequence_length,
     )
     batch = Batch(
         tokens=torch.from_numpy(tokens),
@@ -93,5 +118,26 @@ def collate(
         document=torch.from_numpy(document),
         position=torch.from_numpy(position),
         cell=torch.from_numpy(cell),
+    )
+    return batch, counts
+
+
+def interleave(parts: Sequence[tuple[Batch, BatchCounts]]) -> tuple[Batch, BatchCounts]:
+    """Put together the batches of n parts, of which part k holds rows k, k + n, k + 2n, ..."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(counts.rows for _, counts in parts)
+    batch = cast(Batch, {})
+    for name, like in cast(dict[str, torch.Tensor], parts[0][0]).items():
+        whole = torch.empty((rows, like.shape[1]), dtype=like.dtype)
+        for k, (part, _) in enumerate(parts):
+            whole[k :: len(parts)] = part[name]  # type: ignore[literal-required]
+        batch[name] = whole  # type: ignore[literal-required]
+    counts = BatchCounts(
+        rows=rows,
+        by_source=np.sum([counts.by_source for _, counts in parts], axis=0),
+        lengths=np.concatenate([counts.lengths for _, counts in parts]),
+        positions=sum(counts.positions for _, counts in parts),
+        seconds=max(counts.seconds for _, counts in parts),
     )
     return batch, counts

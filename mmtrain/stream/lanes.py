@@ -5,7 +5,7 @@ together deliver each document once per epoch whatever the number of documents.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from mmtrain.config import UserError
 from mmtrain.objective import TrainingSequence
-from mmtrain.stream.mixture import neediest
+from mmtrain.stream.mixture import draw, neediest
+from mmtrain.stream.order import Order
 from mmtrain.stream.packing import fullest_subset
 from mmtrain.stream.source import Recipe, Source
 
@@ -22,7 +23,7 @@ PLACES_BLOCK = 256  # places computed at once: one costs as much as a few hundre
 
 @dataclass(frozen=True)
 class Waiting:
-    """A document in the look-ahead buffer: `number` counts the documents this lane took from the source."""
+    """A sequence in the look-ahead buffer: a window of document `number` that this lane took from the source."""
 
     source: str
     number: int
@@ -31,39 +32,47 @@ class Waiting:
 
 @dataclass(frozen=True)
 class LaneState:
-    """A lane between two rows. row: rows delivered; taken, drawn: documents and tokens taken from each source."""
+    """A lane between two rows. row: rows delivered; taken, credit: documents taken from each source, and its credit."""
 
     row: int
     taken: Mapping[str, int]
-    drawn: Mapping[str, int]
+    credit: Mapping[str, int]
     waiting: tuple[Waiting, ...]
 
     def plain(self) -> dict[str, Any]:
-        """The state as JSON-able integers; the waiting documents are made again from their numbers."""
-        waiting = [[entry.source, entry.number] for entry in self.waiting]
-        return {"row": self.row, "taken": dict(self.taken), "drawn": dict(self.drawn), "waiting": waiting}
+        """The state as JSON-able integers; what waits is made again from its numbers."""
+        waiting = [[entry.source, entry.number, entry.sequence.window] for entry in self.waiting]
+        return {"row": self.row, "taken": dict(self.taken), "credit": dict(self.credit), "waiting": waiting}
 
 
 class Lane:
     """One lane with its recent states, so that a step back for a checkpoint costs nothing."""
 
     def __init__(
-        self, index: int, num_lanes: int, sources: Mapping[str, Source], recipe: Recipe, lookahead: int, history: int
+        self,
+        index: int,
+        num_lanes: int,
+        sources: Mapping[str, Source],
+        orders: Mapping[str, Order],
+        quotas: Callable[[int], Mapping[str, int]],
+        recipe: Recipe,
+        lookahead: int,
+        history: int,
     ) -> None:
+        """orders: of the documents of each source. quotas: number of a row of this lane -> credit per token."""
         self._index, self._num_lanes = index, num_lanes
-        self._sources, self._recipe = sources, recipe
-        self._weights = {name: source.weight for name, source in sources.items()}
+        self._sources, self._orders, self._quotas, self._recipe = sources, orders, quotas, recipe
         self._lookahead, self._history = lookahead, history
         self._places: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
         nothing = dict.fromkeys(sources, 0)
         self._bases = {0: LaneState(0, nothing, nothing, ())}
         self._recent: OrderedDict[int, LaneState] = OrderedDict()
 
-    def row(self, number: int) -> list[TrainingSequence]:
-        """The sequences of row `number`; cheapest in ascending order, right in any."""
+    def row(self, number: int) -> tuple[list[Waiting], LaneState]:
+        """What row `number` holds, and the state behind it; cheapest in ascending order, right in any."""
         state, packed = self._advance(self.state(number))
         self._remember(state)
-        return packed
+        return packed, state
 
     def state(self, number: int) -> LaneState:
         """The state before row `number`, replayed from the nearest known state where it must be."""
@@ -77,50 +86,50 @@ class Lane:
             self._remember(state)
         return state
 
-    def load(self, plain: Mapping[str, Any], keep_drawn: bool) -> None:
-        """Start from a state that `LaneState.plain` wrote; sources new since then start at their first document.
-
-        keep_drawn: the mixture is the same as then; else it starts to count anew, so that a new source is not
-        drawn alone until it has caught up.
-        """
+    def load(self, plain: Mapping[str, Any]) -> None:
+        """Start from a state that `LaneState.plain` wrote; sources new since then start at their first document."""
         try:
             taken = {name: int(plain["taken"].get(name, 0)) for name in self._sources}
-            drawn = {name: int(plain["drawn"].get(name, 0)) if keep_drawn else 0 for name in self._sources}
-            waiting = tuple(self._take(name, int(number)) for name, number in plain["waiting"])
-            state = LaneState(int(plain["row"]), taken, drawn, waiting)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            credit = {name: int(plain["credit"].get(name, 0)) for name in self._sources}
+            documents = {(str(name), int(number)) for name, number, _ in plain["waiting"]}
+            made = {(name, number): self._take(name, number) for name, number in documents}
+            waiting = tuple(made[str(name), int(number)][int(window)] for name, number, window in plain["waiting"])
+            state = LaneState(int(plain["row"]), taken, credit, waiting)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the stream state of lane {self._index} is damaged ({error!r})") from error
         self._recent.clear()
         self._bases = {0: self._bases[0], state.row: state}
 
-    def _advance(self, state: LaneState) -> tuple[LaneState, list[TrainingSequence]]:
+    def _advance(self, state: LaneState) -> tuple[LaneState, list[Waiting]]:
         """Fill the buffer, pack one row, return the state behind it."""
-        taken, drawn, waiting = dict(state.taken), dict(state.drawn), list(state.waiting)
+        taken, credit, waiting = dict(state.taken), dict(state.credit), list(state.waiting)
         capacity = self._recipe.max_length
+        quota = self._quotas(state.row)
         lengths = [len(entry.sequence) for entry in waiting]
-        # A row's worth of tokens and `lookahead` documents more: short documents need as much choice as long ones.
+        # A row's worth of tokens and `lookahead` sequences more: short ones need as much choice as long ones.
         while sum(lengths[: -self._lookahead]) < capacity:
-            name = neediest(self._weights, drawn)
-            entry = self._take(name, taken[name])
-            waiting.append(entry)
-            lengths.append(len(entry.sequence))
+            name = neediest(quota, credit)
+            entries = self._take(name, taken[name])
+            waiting += entries
+            lengths += [len(entry.sequence) for entry in entries]
             taken[name] += 1
-            drawn[name] += lengths[-1]
+            draw(quota, credit, name, sum(lengths[-len(entries) :]))
         chosen = set(fullest_subset(lengths, capacity))
-        packed = [entry.sequence for i, entry in enumerate(waiting) if i in chosen]
+        packed = [entry for i, entry in enumerate(waiting) if i in chosen]
         left = tuple(entry for i, entry in enumerate(waiting) if i not in chosen)
-        return LaneState(state.row + 1, taken, drawn, left), packed
+        return LaneState(state.row + 1, taken, credit, left), packed
 
-    def _take(self, name: str, number: int) -> Waiting:
-        source = self._sources[name]
+    def _take(self, name: str, number: int) -> list[Waiting]:
+        """The windows of document `number` of this lane."""
         block, offset = divmod(number, PLACES_BLOCK)
         known = self._places.get(name)
         if known is None or known[0] != block:
             numbers = block * PLACES_BLOCK + np.arange(PLACES_BLOCK)
-            known = (block, *self._recipe.places(source, self._index + self._num_lanes * numbers))
+            known = (block, *self._orders[name].places(self._index + self._num_lanes * numbers))
             self._places[name] = known
         _, epochs, indices = known
-        return Waiting(name, number, self._recipe.sequence(source, int(epochs[offset]), int(indices[offset])))
+        sequences = self._recipe.sequences(self._sources[name], int(epochs[offset]), int(indices[offset]))
+        return [Waiting(name, number, sequence) for sequence in sequences]
 
     def _remember(self, state: LaneState) -> None:
         self._recent[state.row] = state

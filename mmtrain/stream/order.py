@@ -8,7 +8,75 @@ from numpy.typing import ArrayLike
 ROUNDS = 6
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 ODD = 0xD1342543DE82EF95  # another odd constant, so that epochs and rounds do not meet
+SHARDS = 0x5851F42D4C957F2D  # changes the seed for the order of shards
+EPOCHS_KEPT = 4  # lanes and look-ahead are never farther apart, but in tiny data sets
 WORD = (1 << 64) - 1
+
+
+class Order:
+    """Where the documents of an epoch come from: all of them in a new order every epoch, each once.
+
+    With `shuffle_shards` > 0 the shards are shuffled first and then the documents of so many shards at a time, so
+    that a reader needs only these at hand. Memory: one number per shard.
+    """
+
+    def __init__(self, shard_documents: ArrayLike, seed: int, shuffle_shards: int = 0) -> None:
+        """shard_documents: (m,) documents of each shard. Documents are numbered through all shards."""
+        sizes = np.asarray(shard_documents, dtype=np.int64)
+        self._start = np.concatenate([[0], np.cumsum(sizes)])
+        self._seed, self._together = seed, shuffle_shards if shuffle_shards < len(sizes) else 0
+        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def places(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and document index at positions of the endless order; positions run on through all epochs.
+
+        position: (k,) int64. Returns two (k,) int64.
+        """
+        epoch, within = np.divmod(position, len(self))
+        if not self._together:
+            return epoch, permute(within, len(self), self._seed, epoch)
+        index = np.empty_like(within)
+        for number in np.unique(epoch).tolist():
+            chosen = epoch == number
+            index[chosen] = self._places_in(number, within[chosen])
+        return epoch, index
+
+    def shards(self, epoch: int, within: int) -> np.ndarray:
+        """Numbers of the shards that the documents around place `within` of an epoch come from, in reading order."""
+        if not self._together:
+            return np.arange(len(self._start) - 1)
+        shards, start = self._shards_of(epoch)
+        first = (int(np.searchsorted(start, within, side="right")) - 1) // self._together * self._together
+        return shards[first : first + self._together]
+
+    def _places_in(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        """Document index at places of one epoch, for shards that are shuffled in groups."""
+        shards, start = self._shards_of(epoch)
+        index = np.empty_like(within)
+        groups = (np.searchsorted(start, within, side="right") - 1) // self._together
+        for group in np.unique(groups).tolist():
+            first, last = group * self._together, min((group + 1) * self._together, len(shards))
+            chosen = groups == group
+            low, size = int(start[first]), int(start[last] - start[first])
+            # Another key for each group of each epoch; the shards themselves have that of the epoch alone.
+            place = low + permute(within[chosen] - low, size, self._seed, epoch * len(shards) + group)
+            rank = np.searchsorted(start, place, side="right") - 1
+            index[chosen] = self._start[shards[rank]] + place - start[rank]
+        return index
+
+    def _shards_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers in the order of an epoch, and the place of the first document of each (and the end)."""
+        if epoch not in self._known:
+            count = len(self._start) - 1
+            shards = permute(np.arange(count), count, self._seed ^ SHARDS, epoch)
+            sizes = np.diff(self._start)[shards]
+            while len(self._known) >= EPOCHS_KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[epoch] = shards, np.concatenate([[0], np.cumsum(sizes)])
+        return self._known[epoch]
 
 
 def permute(index: ArrayLike, n: int, seed: int, epoch: ArrayLike = 0) -> np.ndarray:

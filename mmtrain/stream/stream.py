@@ -5,16 +5,22 @@ that lane's row number q // L. Lanes know nothing of ranks, so any number of pro
 """
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
 from mmtrain.stream.batch import Batch, BatchCounts, collate
 from mmtrain.stream.lanes import Lane
+from mmtrain.stream.mixture import quotas
 from mmtrain.stream.source import Recipe, Source
 from mmtrain.tokens import Vocabulary
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 class Stream:
@@ -45,12 +51,36 @@ class Stream:
         """What the last batch from `batch` holds."""
         self._last_step = -1
         recipe = Recipe(objective, retrieval, config.sequence_length, seed)
+        orders = {source.name: recipe.order(source, config.shuffle_shards) for source in sources}
         # A checkpoint asks for the state a few steps behind the prefetched ones.
-        history = (config.prefetch + 3) * -(-config.global_batch // config.lanes) + 2
+        history = (config.prefetch + 5) * -(-config.global_batch // config.lanes) + 2
         self._lanes = [
-            Lane(index, config.lanes, self._sources, recipe, config.lookahead, history) for index in range(config.lanes)
+            Lane(
+                index,
+                config.lanes,
+                self._sources,
+                orders,
+                partial(self._row_quotas, index),
+                recipe,
+                config.lookahead,
+                history,
+            )
+            for index in range(config.lanes)
         ]
+        self._quotas: tuple[int, dict[str, int]] = (-1, {})
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources, in the order of the counts."""
+        return list(self._sources.values())
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows rank, rank + world, ... of the global batch of `step`; `counts` then says what they hold."""
@@ -68,13 +98,31 @@ class Stream:
                 f"stream.global_batch={rows_per_step} rows cannot be shared by {world} processes (rank {rank}); "
                 "set a global batch of at least one row per process"
             )
+        started = time.perf_counter()
+        rows, sources = [], []
+        taken = np.zeros(len(self._sources), dtype=np.int64)
+        numbers = {name: number for number, name in enumerate(self._sources)}
         with self._lock:
-            rows = []
             for j in range(rank, rows_per_step, world):
                 number, lane = divmod(step * rows_per_step + j, self.config.lanes)
-                rows.append(self._lanes[lane].row(number))
+                packed, state = self._lanes[lane].row(number)
+                rows.append([entry.sequence for entry in packed])
+                sources.append([numbers[entry.source] for entry in packed])
+                taken += [state.taken[name] for name in numbers]
             self._last_step = step
-        return collate(rows, self.config.sequence_length, self.vocabulary)
+        batch, counts = collate(rows, sources, len(numbers), self.config.sequence_length, self.vocabulary)
+        counts.by_source[:, -1] = taken
+        return batch, replace(counts, seconds=time.perf_counter() - started)
+
+    def _row_quotas(self, lane: int, row: int) -> Mapping[str, int]:
+        """Credit of the sources per token drawn for a row of a lane, by the shares at the step that the row is in."""
+        step = (lane + row * self.config.lanes) // self.config.global_batch
+        if self._quotas[0] != step:
+            shares = {name: source.share(step) for name, source in self._sources.items()}
+            if not any(shares.values()):
+                raise UserError(f"at step {step} no source has a share above 0; change the weights of the mix")
+            self._quotas = step, quotas(shares)
+        return self._quotas[1]
 
     def state(self, step: int | None = None, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """The stream after `step` (default: after the last batch produced), JSON-able, the same for any world size.
@@ -91,7 +139,7 @@ class Stream:
             for index in range(rank, num_lanes, world):
                 rows = max(0, -(-(end - index) // num_lanes))
                 lanes[str(index)] = self._lanes[index].state(rows).plain()
-        sources = {n: {"documents": len(s.tokens), "weight": s.weight} for n, s in self._sources.items()}
+        sources = {name: _identity_of(source) for name, source in self._sources.items()}
         return {**self._identity(), "step": step, "sources": sources, "lane_states": lanes}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -109,18 +157,18 @@ class Stream:
         for name, facts in saved.items():
             if name not in self._sources:
                 raise UserError(f"the checkpoint's stream reads source {name}, which this run does not have; add it")
-            if facts["documents"] != len(self._sources[name].tokens):
+            now = _identity_of(self._sources[name])
+            if facts != now:
                 raise UserError(
-                    f"source {name} had {facts['documents']} documents when the checkpoint was written and has "
-                    f"{len(self._sources[name].tokens)} now; add new documents as a source of their own"
+                    f"source {name} was {facts} when the checkpoint was written and is {now} now; bring the old "
+                    "documents back, and add new ones as a source of their own"
                 )
         missing = {str(i) for i in range(self.config.lanes)} - lanes.keys()
         if missing:
             raise UserError(f"the checkpoint's stream state lacks {len(missing)} lanes; it is a part of one rank only")
-        same_mixture = {n: f["weight"] for n, f in saved.items()} == {n: s.weight for n, s in self._sources.items()}
         with self._lock:
             for index, lane in enumerate(self._lanes):
-                lane.load(lanes[str(index)], keep_drawn=same_mixture)
+                lane.load(lanes[str(index)])
             self._last_step = int(state["step"])
 
     def _identity(self) -> dict[str, Any]:
@@ -132,8 +180,14 @@ class Stream:
             "lanes": c.lanes,
             "global_batch": c.global_batch,
             "sequence_length": c.sequence_length,
+            "shuffle_shards": c.shuffle_shards,
             "vocabulary": self.vocabulary.fingerprint,
         }
+
+
+def _identity_of(source: Source) -> dict[str, Any]:
+    """What tells that a source holds the documents that it held."""
+    return {"documents": len(source.tokens), "fingerprint": source.tokens.manifest.fingerprint}
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,10 @@ SECTIONS = {
     "mfu_causal": "perf",
     "mfu_palm": "perf",
     "hfu": "perf",
+    "prepare_seconds": "perf",
     "padding": "data",
+    "split_documents": "data",
+    "dropped_retrieved": "data",
 }
 TOP_LEVEL = {"step", "tokens", "flops_total"}
 
@@ -62,7 +65,7 @@ def resolve_mode(mode: str) -> str:
 
 def wandb_key(key: str) -> str:
     """Name of a metric on W&B: "loss_text" -> "train/loss_text", "val_loss" -> "val/loss", "lr" -> "optim/lr"."""
-    if key in TOP_LEVEL:
+    if key in TOP_LEVEL or "/" in key:
         return key
     if key.startswith("val_"):
         return f"val/{key.removeprefix('val_')}"

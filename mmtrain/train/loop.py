@@ -10,7 +10,7 @@ import torch
 
 from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
-from mmtrain.stream import Batch, BatchCounts, Stream, merge_states, prefetch
+from mmtrain.stream import Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
 from mmtrain.train.checkpoint import Checkpoint, save_checkpoint
@@ -48,12 +48,11 @@ def train(run: Run) -> dict[str, Any]:
         run.tracker.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
     window = new_window(run)
     row: dict[str, Any] = {}
-    rows = config.stream.global_batch // world.size
     with prefetch(run.stream, range(run.step, steps), world.rank, world.size) as batches:
         for step in range(run.step, steps):
             started = time.perf_counter()
             _, batch, counts = next(batches)
-            window.add_step(counts, rows, time.perf_counter() - started)
+            window.add_step(counts, time.perf_counter() - started)
             inputs = model_inputs(batch, run.vocabulary, world.device)
             weight = world.sum(inputs["loss_weight"].sum())
             for micro in split_batch(inputs, run.accumulation):
@@ -77,7 +76,7 @@ def train(run: Run) -> dict[str, Any]:
                 run.tracker.log(run.step, row)
                 run.ledger.save(run.folder / "ledger.json")
             if saving:
-                save(run)
+                save(run, batches)
                 window.started = time.perf_counter()
     return row
 
@@ -86,7 +85,8 @@ def new_window(run: Run) -> Window:
     """An empty window of this run."""
     c = run.config
     micro_rows = c.stream.global_batch // run.world.size // run.accumulation
-    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, micro_rows)
+    sources = tuple(source.name for source in run.stream.sources)
+    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, micro_rows, sources)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -124,8 +124,10 @@ def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str,
         "step_seconds": seconds / totals.steps,
         "data_seconds": totals.data_seconds / totals.steps,
         "padding": totals.padding / (totals.padding + totals.num_tokens),
-        "truncated_documents": totals.truncated,
-        "dropped_retrieved": totals.dropped_retrieved,
+        "prepare_seconds": totals.prepare_seconds / totals.steps,
+        "split_documents": totals.delivered("split_documents"),
+        "dropped_retrieved": totals.delivered("dropped_retrieved"),
+        **delivered_by_source(run, totals),
         "mfu_causal": utilization(totals.flops.model_causal),
         "mfu_palm": utilization(totals.flops.model_palm),
         "hfu": utilization(totals.flops.hardware),
@@ -133,23 +135,35 @@ def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str,
     }
 
 
+def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
+    """What the window delivered of each source, as data/SOURCE/NAME; epochs: passes over it since the start."""
+    row: dict[str, Any] = {}
+    for source in run.stream.sources:
+        counts = totals.by_source[source.name]
+        taken = counts.pop("taken") / totals.rows * run.config.stream.lanes
+        row |= {f"data/{source.name}/{name}": count for name, count in counts.items()}
+        row[f"data/{source.name}/share"] = sum(counts[kind] for kind in totals.tokens) / totals.num_tokens
+        row[f"data/{source.name}/epochs"] = taken / len(source.tokens)
+    return row
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
     """Losses on the validation batches, which are the same at every call."""
     window = new_window(run)
     for batch, counts in run.validation:
-        window.add_step(counts, len(batch["tokens"]))
+        window.add_step(counts)
         window.add_loss(run.engine.forward(model_inputs(batch, run.vocabulary, run.world.device)))
     totals = window.reduce()
     run.ledger.book("evaluation", totals.flops.model_causal // 3)
     return totals.losses("val_")
 
 
-def save(run: Run) -> None:
+def save(run: Run, batches: Batches) -> None:
     """Write a checkpoint of this step (rank 0 writes, all ranks take part)."""
     parameters, moments = run.engine.state()
     updates = run.engine.updates()
-    lanes = run.world.gather(run.stream.state(run.step - 1, run.world.rank, run.world.size))
+    lanes = run.world.gather(batches.state(run.step - 1))
     failure = None
     if run.world.rank == 0:
         state = {

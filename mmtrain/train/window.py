@@ -9,7 +9,7 @@ import torch
 from mmtrain.config import ModelConfig
 from mmtrain.flops import TOKEN_KINDS, StepFlops, flops_from_sums
 from mmtrain.models import LossSums
-from mmtrain.stream import BatchCounts
+from mmtrain.stream import COLUMNS, BatchCounts
 from mmtrain.tokens import MODALITIES
 from mmtrain.train.distributed import World
 
@@ -19,14 +19,20 @@ class Totals:
     """Sums over all ranks of one window."""
 
     steps: int
+    rows: int
     seconds: float
     data_seconds: float
     cross_entropy: dict[str, tuple[float, float]]
     tokens: dict[str, int]
     padding: int
-    truncated: int
-    dropped_retrieved: int
+    prepare_seconds: float
+    by_source: dict[str, dict[str, int]]
+    """What was delivered of each source, by the names of `stream.COLUMNS`."""
     flops: StepFlops
+
+    def delivered(self, column: str) -> int:
+        """One of `stream.COLUMNS` summed over the sources."""
+        return sum(row[column] for row in self.by_source.values())
 
     @property
     def num_tokens(self) -> int:
@@ -52,11 +58,14 @@ class Window:
     vocabulary_size: int
     row_length: int
     micro_rows: int
+    sources: tuple[str, ...]
     cross_entropy: torch.Tensor = field(init=False)
     counts: np.ndarray = field(init=False)
+    by_source: np.ndarray = field(init=False)
     steps: int = field(init=False)
     started: float = field(init=False)
     data_seconds: float = field(init=False)
+    prepare_seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -64,30 +73,37 @@ class Window:
     def reset(self) -> None:
         """Start anew."""
         self.cross_entropy = torch.zeros(len(MODALITIES), 2, dtype=torch.float64, device=self.world.device)
-        self.counts = np.zeros(len(TOKEN_KINDS) + 5, dtype=np.int64)
-        self.steps, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
+        self.counts = np.zeros(3, dtype=np.int64)
+        self.by_source = np.zeros((len(self.sources), len(COLUMNS)), dtype=np.int64)
+        self.steps, self.data_seconds, self.prepare_seconds, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def add_loss(self, sums: LossSums) -> None:
         """Add the loss sums of a micro-batch; stays on the device."""
         self.cross_entropy += sums.by_modality
 
-    def add_step(self, counts: BatchCounts, rows: int, data_seconds: float = 0.0) -> None:
-        """Add the counts of this rank's share of a step, which has `rows` rows."""
-        kinds = [counts.tokens[kind] for kind in TOKEN_KINDS]
+    def add_step(self, counts: BatchCounts, data_seconds: float = 0.0) -> None:
+        """Add the counts of this rank's share of a step; data_seconds: how long training waited for it."""
         squares = np.square(counts.lengths).sum()
-        scores = rows * self.row_length**2
+        scores = counts.rows * self.row_length**2
         if self.world.device.type == "cpu":  # as models.pack_documents decides (for the whole share of the rank)
-            scores = min(scores, counts.documents * int(counts.lengths.max(initial=0)) ** 2)
-        self.counts += np.array([*kinds, squares, scores, rows, counts.truncated, counts.dropped_retrieved])
+            scores = min(scores, len(counts.lengths) * int(counts.lengths.max(initial=0)) ** 2)
+        self.counts += np.array([squares, scores, counts.rows])
+        self.by_source += counts.by_source
         self.data_seconds += data_seconds
+        self.prepare_seconds += counts.seconds
         self.steps += 1
 
     def reduce(self) -> Totals:
         """Sum over ranks and reset."""
         self.world.sum(self.cross_entropy)
-        integers = self.world.sum(torch.as_tensor(self.counts, device=self.world.device))
-        *kinds, squares, scores, rows, truncated, dropped = integers.tolist()
-        num_tokens = sum(kinds)
+        own = np.concatenate([self.counts, self.by_source.reshape(-1)])
+        (squares, scores, rows), flat = np.split(
+            self.world.sum(torch.as_tensor(own, device=self.world.device)).cpu().numpy(), [3]
+        )
+        table = [dict(zip(COLUMNS, row, strict=True)) for row in flat.reshape(self.by_source.shape).tolist()]
+        by_source = dict(zip(self.sources, table, strict=True))
+        tokens = {kind: sum(row[kind] for row in table) for kind in TOKEN_KINDS}
+        squares, scores, rows, num_tokens = int(squares), int(scores), int(rows), sum(tokens.values())
         micro_tokens = self.micro_rows * self.row_length
         flops = flops_from_sums(
             self.model,
@@ -105,10 +121,11 @@ class Window:
             seconds=time.perf_counter() - self.started,
             data_seconds=self.data_seconds,
             cross_entropy={name: (pair[0], pair[1]) for name, pair in zip(MODALITIES, pairs, strict=True)},
-            tokens=dict(zip(TOKEN_KINDS, kinds, strict=True)),
+            tokens=tokens,
             padding=rows * self.row_length - num_tokens,
-            truncated=truncated,
-            dropped_retrieved=dropped,
+            rows=rows,
+            prepare_seconds=self.prepare_seconds,
+            by_source=by_source,
             flops=flops,
         )
         self.reset()

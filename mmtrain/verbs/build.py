@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.config import Config, CorpusConfig, UserError, fingerprint, write_text_atomic
-from mmtrain.documents import Document
-from mmtrain.documents.corpus import Account
-from mmtrain.documents.standin import Signatures, clean, find_clusters, judge, open_corpus, validation_side
+from mmtrain.config import CleanConfig, Config, CorpusConfig, UserError, write_text_atomic
+from mmtrain.documents import Account, Document, judge, open_corpus
+from mmtrain.documents.cleaning import clean, drop_pictures
+from mmtrain.documents.clusters import find_clusters, validation_side
+from mmtrain.documents.signatures import Signatures, sign
 from mmtrain.shards import (
     DocumentShards,
     ShardInfo,
@@ -33,7 +34,6 @@ from mmtrain.verbs.partitions import Result, Task, run_partitions
 
 SPLITS = ("train", "validation")
 UNDECIDED, DROPPED = -1, -2  # beside the numbers of the splits
-COPY = "copy of another document"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ReadPartition:
     """Work: a partition of the corpus, read and cleaned, as a part."""
 
     corpus: CorpusConfig
+    clean: CleanConfig
     cache: Path
     parts: Path
 
@@ -49,7 +50,7 @@ class ReadPartition:
         shutil.rmtree(part, ignore_errors=True)  # a process was killed while it wrote here
         part.mkdir(parents=True)
         account = Account(self.corpus.on_bad)
-        signatures = Signatures()
+        signatures: list[Signatures] = []
         rows: list[tuple[int, int]] = []
         read = 0
 
@@ -57,24 +58,27 @@ class ReadPartition:
             nonlocal read
             for document in open_corpus(self.corpus, self.cache).documents(task["partition"], account):
                 read += 1
-                kept = clean(document, account)
+                kept = clean(document, self.clean, account)
                 if kept is not None:
                     side = kept.meta.get("split")
                     rows.append((content_bytes(kept), SPLITS.index(side) if side in SPLITS else UNDECIDED))
-                    signatures.add(kept)
+                    signatures.append(sign(kept))
                     yield kept
 
-        shard = write_document_shard(part, 0, islice(cleaned(), self.corpus.max_documents or None))
+        shard = write_document_shard(part, 0, islice(cleaned(), task["limit"] or None))
         if rows:
             finish_documents(part, [shard])
-        signatures.save(part / "signatures.npz")
+        Signatures.concatenate(signatures).save(part / "signatures.npz")
         np.save(part / "rows.npy", np.array(rows, np.int64).reshape(-1, 2))
         return {"read": read, "documents": len(rows), **account.plain()}
 
 
 @dataclass(frozen=True)
 class WriteShard:
-    """Work: documents first to stop (exclusive) of a side, from the parts into a final shard."""
+    """Work: documents first to stop (exclusive) of a side, from the parts into a final shard.
+
+    They lose the pictures that are too common in the corpus, and are left out when nothing else is in them.
+    """
 
     parts: Path
     plan: Path
@@ -84,18 +88,22 @@ class WriteShard:
         numbers = np.load(self.plan / f"{task['split']}.npy", mmap_mode="r")[task["first"] : task["stop"]]
         cluster = np.load(self.plan / "cluster.npy", mmap_mode="r")
         start = np.load(self.plan / "start.npy")
-        part_of = np.searchsorted(start, numbers, side="right") - 1
+        common = frozenset(json.loads((self.plan / "common.json").read_text()))
+        account = Account()
 
         def documents() -> Iterator[Document]:
             shards, opened = None, -1
-            for number, part in zip(numbers.tolist(), part_of.tolist(), strict=True):
+            for number, part in zip(numbers.tolist(), part_of(numbers, start).tolist(), strict=True):
                 if part != opened:
                     shards, opened = DocumentShards(part_folder(self.parts, part)), part
                 assert shards is not None
                 document = shards[number - int(start[part])]
-                yield replace(document, meta=document.meta | {"cluster": int(cluster[number])})
+                kept = drop_pictures(document, common, account) if common else document
+                if kept is not None:
+                    yield replace(kept, meta=kept.meta | {"cluster": int(cluster[number])})
 
-        return asdict(write_document_shard(self.out / task["split"], task["number"], documents()))
+        shard = write_document_shard(self.out / task["split"], task["number"], documents())
+        return {"shard": asdict(shard), "documents": shard.documents, "account": account.plain()}
 
 
 def build_documents(config: Config, name: str, out: Path) -> None:
@@ -122,20 +130,22 @@ def _read(config: Config, name: str, work: Path) -> list[Result]:
         partitions = open_corpus(corpus, cache).partitions(account)
         write_text_atomic(listing, json.dumps({"partitions": partitions, "account": account.plain()}))
     listed = json.loads(listing.read_text())
-    tasks = [{"number": number, "partition": partition} for number, partition in enumerate(listed["partitions"])]
-    results = run_partitions(
-        ReadPartition(corpus, cache, work / "parts"),
-        tasks,
-        work / "read",
-        f"reading {name}",
-        config.data.processes,
-        corpus.max_documents,
-    )
-    return [{"read": 0, "documents": 0, **listed["account"]}, *results]
+    tasks = [
+        {"number": number, "partition": partition, "limit": corpus.max_documents}
+        for number, partition in enumerate(listed["partitions"])
+    ]
+    read = ReadPartition(corpus, config.clean, cache, work / "parts")
+    label, processes = f"reading {name}", config.data.processes
+    parts = run_partitions(read, tasks, work / "read", label, processes, corpus.max_documents)
+    beyond = sum(part["documents"] for part in parts) - corpus.max_documents
+    if corpus.max_documents and beyond > 0:  # the last part once more, and only what of it fits
+        last = {**tasks[len(parts) - 1], "limit": parts[-1]["documents"] - beyond}
+        parts[-1:] = run_partitions(read, [last], work / "read-last", label, processes)
+    return [{"read": 0, "documents": 0, **listed["account"]}, *parts]
 
 
 def _planned(config: Config, name: str, parts: list[Result], work: Path) -> dict[str, Any]:
-    """Stage 2, or what it left: plan/facts.json with the account of the corpus and the shards to write."""
+    """Stage 2, or what it left: plan/facts.json with the account so far and the shards to write."""
     facts = work / "plan" / "facts.json"
     if not facts.exists():
         facts.parent.mkdir(exist_ok=True)
@@ -144,7 +154,7 @@ def _planned(config: Config, name: str, parts: list[Result], work: Path) -> dict
 
 
 def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[str, Any]:
-    corpus = config.sources[name]
+    corpus, plan = config.sources[name], work / "plan"
     account = Account()
     for part in parts:
         account.add(part)
@@ -152,58 +162,61 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
 
     folders = [part_folder(work / "parts", number) for number in range(len(parts) - 1)]
     rows = [np.load(folder / "rows.npy") for folder in folders]
-    start = np.concatenate([[0], np.cumsum([len(of_part) for of_part in rows])])
     size, side = np.concatenate(rows).T
-    clusters = find_clusters(Signatures.concatenate([Signatures.load(folder / "signatures.npz") for folder in folders]))
-    held_out = validation_side(clusters.cluster, corpus.validation_fraction)
-    side = np.where(side == UNDECIDED, held_out, side)
-    side[clusters.duplicate] = DROPPED
-    if clusters.duplicate.any():
-        first = int(np.argmax(clusters.duplicate))
-        part = int(np.searchsorted(start, first, side="right")) - 1
-        account.skip(COPY, DocumentShards(folders[part]).id(first - int(start[part])), int(clusters.duplicate.sum()))
-    beyond = max(0, len(side) - corpus.max_documents) if corpus.max_documents else 0
-    side[len(side) - beyond :] = DROPPED
+    signatures = Signatures.concatenate([Signatures.load(folder / "signatures.npz") for folder in folders])
+    clusters = find_clusters(signatures, config.dedupe)
+    clusters.book(signatures, account)
+    side = np.where(clusters.dropped, DROPPED, validation_side(clusters, side, corpus.validation_fraction))
 
-    np.save(work / "plan" / "cluster.npy", clusters.cluster)
-    np.save(work / "plan" / "start.npy", start)
+    np.save(plan / "start.npy", np.cumsum([0, *(len(of_part) for of_part in rows)]))
+    np.save(plan / "cluster.npy", clusters.cluster)
+    (plan / "common.json").write_text(json.dumps(sorted(clusters.common_pictures)))
     tasks: list[Task] = []
-    counts = {}
     for number, split in enumerate(SPLITS):
         of_split = np.flatnonzero(side == number)
-        np.save(work / "plan" / f"{split}.npy", of_split)
-        tasks += [{"split": split, **cut} for cut in cut_by_bytes(size[of_split], config.data.shard_bytes)]
-        counts[split] = {"documents": len(of_split)}
         if not len(of_split):
-            raise UserError(
-                f"corpus {name} has no {split} document; {account.summary() or 'add documents'}"
-                + (f" (corpus.max_documents={corpus.max_documents})" if beyond else "")
-            )
-    return {**counts, **account.plain(), "beyond_max_documents": beyond, "tasks": tasks}
+            raise UserError(f"corpus {name} has no {split} document; {account.summary() or 'add documents'}")
+        np.save(plan / f"{split}.npy", of_split)
+        tasks += [{"split": split, **cut} for cut in cut_by_bytes(size[of_split], config.data.shard_bytes)]
+    return {"account": account.plain(), "duplicates": int(clusters.dropped.sum()), "tasks": tasks}
 
 
-def _write(
-    config: Config, name: str, parts: list[Result], plan: dict[str, Any], work: Path, out: Path
-) -> None:
+def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any], work: Path, out: Path) -> None:
     """Stage 3: the shards and, when every document is accounted for, facts.json."""
-    tasks = plan.pop("tasks")
+    tasks = plan["tasks"]
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
     write = WriteShard(work / "parts", work / "plan", out)
     results = run_partitions(write, tasks, work / "write", f"writing {name}", config.data.processes)
-    written = 0
+    account = Account()
+    account.add(plan["account"])
+    for result in results:
+        account.add(result["account"])
+    written = {}
     for split in SPLITS:
-        shards = [ShardInfo(**result) for result, task in zip(results, tasks, strict=True) if task["split"] == split]
-        written += finish_documents(out / split, shards).documents
+        of_split = [r["shard"] for r, task in zip(results, tasks, strict=True) if task["split"] == split]
+        manifest = finish_documents(out / split, [ShardInfo(**shard) for shard in of_split])
+        written[split] = manifest.documents
+
     read = sum(part["read"] for part in parts)
-    cleaned_away = read - sum(part["documents"] for part in parts)
-    left_out = cleaned_away + plan["skipped"].get(COPY, 0) + plan["beyond_max_documents"]
-    if read != written + left_out:
+    left_out = {
+        "cleaned": read - sum(part["documents"] for part in parts),
+        "duplicates": plan["duplicates"],
+        "emptied": sum(task["stop"] - task["first"] for task in tasks) - sum(result["documents"] for result in results),
+    }
+    if read != sum(written.values()) + sum(left_out.values()):
         raise UserError(
-            f"corpus {name}: {read:,} documents were read, but {written:,} were written and {left_out:,} left out; "
-            "documents were lost, which is a fault of mmtrain: please report it"
+            f"corpus {name}: {read:,} documents were read, but {sum(written.values()):,} written and {left_out} left "
+            "out, which does not add up; this is a fault of mmtrain, please report it"
         )
-    facts = {"corpus": asdict(config.sources[name]), "read": read, **plan, "partitions": parts[1:]}
+    facts = {
+        "corpus": asdict(config.sources[name]),
+        "read": read,
+        **{split: {"documents": documents} for split, documents in written.items()},
+        "left_out": left_out,
+        **account.plain(),
+        "partitions": parts[1:],
+    }
     write_text_atomic(out / "facts.json", json.dumps(facts, indent=1))
 
 
@@ -215,6 +228,11 @@ def cut_by_bytes(sizes: np.ndarray, shard_bytes: int) -> list[dict[str, int]]:
         before = ends[cuts[-1] - 1] if cuts[-1] else 0
         cuts.append(min(len(sizes), int(np.searchsorted(ends, before + shard_bytes)) + 1))
     return [{"number": i, "first": first, "stop": stop} for i, (first, stop) in enumerate(pairwise(cuts))]
+
+
+def part_of(numbers: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The part that each document is in; part i holds documents start[i] to start[i + 1] (exclusive)."""
+    return np.searchsorted(start, numbers, side="right") - 1
 
 
 def part_folder(parts: Path, number: int) -> Path:

@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
-from mmtrain.documents import Document, decode_square
-from mmtrain.documents.corpus import Account
-from mmtrain.documents.standin import judge
+from mmtrain.documents import Account, Document, decode_square, judge
 from mmtrain.retrieval import build_neighbours
 from mmtrain.shards import DocumentShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
@@ -52,7 +50,7 @@ def prepare_documents(config: Config) -> dict[str, Path]:
     for name, corpus in config.sources.items():
         settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
         settings |= {key: _path_fingerprint(settings[key]) for key in ("path", "image_folder") if settings[key]}
-        final = _folder(config, name, "documents", fingerprint(FORMAT, settings, config.data.shard_bytes))
+        final = _folder(config, name, "documents", fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes))
         for other in final.parent.glob(".documents-*.partial"):
             if other.name != f".{final.name}.partial":
                 print(f"  {os.path.relpath(other)} is an unfinished build of other settings or files; delete it if "
@@ -140,7 +138,7 @@ def prepare_tokens(config: Config, documents: dict[str, Path], text: Path, image
 
 
 def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, Path]:
-    """Neighbours of the documents of both splits among the training documents of their source; none without retrieval."""
+    """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
     if not config.retrieval.enabled:
         return {}
     r = config.retrieval

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mmtrain.config import ObjectiveConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.objective import assemble, cm3, training_sequence, unrotate
+from mmtrain.objective import assemble, cm3, unrotate
 from mmtrain.tokens import Vocabulary
+from tests.objective.conftest import training_sequence
 
 VOCABULARY = Vocabulary(300, 50, 16)
 
@@ -146,7 +147,7 @@ DIGEST = """
 import hashlib, numpy as np
 from mmtrain.config import ObjectiveConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.objective import training_sequence
+from tests.objective.conftest import training_sequence
 from mmtrain.tokens import Vocabulary
 document = np.arange(6, 90, dtype=np.uint16)
 digest = hashlib.sha256()

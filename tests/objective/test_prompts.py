@@ -2,8 +2,9 @@ import numpy as np
 
 from mmtrain.config import ObjectiveConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.objective import caption_prompt, text_to_image_prompt, training_sequence, unconditional_image_prompt
+from mmtrain.objective import caption_prompt, text_to_image_prompt, unconditional_image_prompt
 from mmtrain.tokens import Vocabulary
+from tests.objective.conftest import training_sequence
 
 V = Vocabulary(300, 50, 16)
 CAPTION = np.array([10, 11, 12])

@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from mmtrain.config import ObjectiveConfig, UserError
 from mmtrain.config.randomness import random_stream
-from mmtrain.objective import arrange, assemble, training_sequence, unrotate
+from mmtrain.objective import arrange, assemble, training_sequences, unrotate
+from mmtrain.objective.assemble import split_windows
 from mmtrain.tokens import Vocabulary
+from tests.objective.conftest import training_sequence
 
 V = Vocabulary(300, 50, 16)
 TEXT, IMAGE, BREAK = V.text_start, V.image_start, V.brk
@@ -63,20 +65,46 @@ def test_the_picture_comes_first_where_its_caption_is_masked():
     assert weighs_less.tolist() == [IMAGE, IMAGE] and sequence.num_masks == 1
 
 
-@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3), st.integers(25, 80), st.integers(0, 50))
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3), st.integers(65, 120), st.integers(0, 50))
 @settings(deadline=None)
-def test_a_sequence_fits_and_gives_up_neighbours_before_its_own_segments(text, image, retrieved, limit, seed):
+def test_a_sequence_fits_and_gives_up_neighbours_first(text, image, retrieved, limit, seed):
     query = np.concatenate([np.full(text, TEXT), [BREAK], np.full(image, IMAGE)]).astype(V.dtype)
     config = ObjectiveConfig(num_masks=3)
     sequence = training_sequence(query, [query] * retrieved, V, config, random_stream(seed), limit)
-    assert len(sequence) <= limit
+    assert len(sequence) <= limit and sequence.num_windows == 1
     plain = unrotate(sequence.tokens, V)
-    if sequence.truncated:
-        assert len(query) > limit - 2 and sequence.dropped_retrieved == retrieved
-        assert not np.any(plain == IMAGE)  # the picture goes whole
-    else:
-        assert plain[-len(query) - 1 : -1].tolist() == query.tolist()
-        assert len(plain) == 2 + len(query) + (retrieved - sequence.dropped_retrieved) * (len(query) + 1)
+    assert plain[-len(query) - 1 : -1].tolist() == query.tolist()
+    assert len(plain) == 2 + len(query) + (retrieved - sequence.dropped_retrieved) * (len(query) + 1)
+
+
+SEGMENTS = st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=12)
+
+
+@given(SEGMENTS, st.integers(30, 60))
+def test_windows_hold_every_segment_once_and_never_a_part_of_a_picture(segments, limit):
+    pieces = [np.full(n, IMAGE + 1 if is_image else TEXT + 1, V.dtype) + i for i, (is_image, n) in enumerate(segments)]
+    document = np.concatenate([part for piece in pieces for part in (piece, ids(BREAK))][:-1])
+    windows = split_windows(document, V, limit)
+    assert all(0 < len(window) <= limit for window in windows)
+    found = [part for window in windows for part in np.split(window, np.flatnonzero(window == BREAK))]
+    assert [part[part != BREAK].tolist() for part in found] == [piece.tolist() for piece in pieces]
+    lengths = [len(window) for window in windows]
+    firsts = [len(np.split(window, np.flatnonzero(window == BREAK))[0]) for window in windows[1:]]
+    assert all(length + 1 + first > limit for length, first in zip(lengths, firsts, strict=False))  # each is full
+
+
+def test_only_a_text_longer_than_a_window_is_cut():
+    document = ids(IMAGE, BREAK, *range(TEXT, TEXT + 7), BREAK, IMAGE)
+    windows = [window.tolist() for window in split_windows(document, V, 5)]
+    assert windows == [[IMAGE], list(range(TEXT, TEXT + 5)), [TEXT + 5, TEXT + 6, BREAK, IMAGE]]
+
+
+def test_every_window_of_a_long_document_is_a_sequence_with_its_neighbours():
+    query = np.concatenate([np.full(20, TEXT), [BREAK], np.full(16, IMAGE), [BREAK], np.full(20, TEXT)]).astype(V.dtype)
+    sequences = training_sequences(query, [ids(TEXT, TEXT)], V, ObjectiveConfig(masks="none"), random_stream(0), 30)
+    assert [(len(s), s.window, s.num_windows, s.retrieved) for s in sequences] == [
+        (25, 0, 3, 3), (21, 1, 3, 3), (25, 2, 3, 3)
+    ]  # fmt: skip
 
 
 def test_a_picture_longer_than_the_row_is_the_users_error():

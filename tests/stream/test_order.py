@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtrain.stream import permute
+from mmtrain.stream import Order, permute
 
 
 @given(st.integers(1, 500), st.integers(0, 2**62), st.integers(0, 2**40))
@@ -36,3 +36,42 @@ def test_billions_of_documents_need_no_memory():
     n = 5_000_000_000
     places = permute(np.arange(1000) * 4_999_999, n, 3)
     assert len(set(places.tolist())) == 1000 and places.min() >= 0 and places.max() < n
+
+
+SHARDS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+@given(SHARDS, st.integers(0, 13), st.integers(0, 1000))
+def test_every_epoch_gives_each_document_once_however_many_shards_are_shuffled_together(sizes, together, seed):
+    order, n = Order(sizes, seed, together), sum(sizes)
+    epoch, index = order.places(np.arange(3 * n))
+    assert epoch.tolist() == np.repeat(np.arange(3), n).tolist()
+    epochs = index.reshape(3, n)
+    assert (np.sort(epochs, axis=1) == np.arange(n)).all()
+    assert n < 8 or len({tuple(row) for row in epochs.tolist()}) > 1
+    some = np.array([2 * n, 0, n // 2])  # asked for alone, and in any order
+    assert order.places(some)[1].tolist() == index[some].tolist()
+
+
+def test_only_so_many_shards_are_read_at_a_time():
+    sizes = [10, 20, 30, 40, 50, 60, 70]
+    order = Order(sizes, 5, 3)
+    _, index = order.places(np.arange(280))
+    shard = np.searchsorted(np.cumsum(sizes), index, side="right")
+    groups = [order.shards(0, place).tolist() for place in range(280)]
+    assert all(number in group for number, group in zip(shard.tolist(), groups, strict=True))
+    assert [len(group) for group in dict.fromkeys(map(tuple, groups))] == [3, 3, 1]
+    first = shard[: sum(sizes[number] for number in groups[0])]
+    assert (np.diff(first) != 0).sum() > 20  # shuffled among one another, not one after the other
+
+
+def test_position_against_index_shows_no_structure():
+    """Chi-square of a 32 x 32 table of place against document, in four epochs."""
+    n, bins = 200_000, 32
+    for epoch in range(4):
+        places = permute(np.arange(n), n, 7, epoch)
+        table, _, _ = np.histogram2d(np.arange(n) * bins // n, places * bins // n, bins=bins)
+        expected = n / bins**2
+        chi_square = ((table - expected) ** 2 / expected).sum()
+        freedom = (bins - 1) ** 2
+        assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)

@@ -3,7 +3,6 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtrain.stream.mixture import neediest
 from mmtrain.stream.packing import fullest_subset
 
 
@@ -23,10 +22,3 @@ def test_subset_holds_the_first_and_is_as_full_as_any(lengths, capacity):
 
 def test_older_documents_go_first_where_it_makes_no_difference():
     assert fullest_subset([5, 5, 5, 5], 10) == [0, 1]
-
-
-def test_mixture_draws_the_source_that_is_behind():
-    weights, drawn = {"a": 3.0, "b": 1.0}, {"a": 0, "b": 0}
-    for _ in range(1000):
-        drawn[neediest(weights, drawn)] += 10
-    assert abs(drawn["a"] - 7500) <= 10

@@ -51,7 +51,7 @@ def test_neighbours_stand_before_the_query(shards, neighbours):
             assert len(retrieved) == 2 and set(retrieved) <= set(neighbours.candidates(query).tolist())
             assert all((other - query) % 4 == 0 for other in retrieved)
             seen += 1
-    assert seen == stream.counts.documents
+    assert seen == stream.counts.total("documents")
     kinds = stream.counts.tokens
     assert 0.6 < kinds["retrieved"] / sum(kinds.values()) < 0.7
 
@@ -71,7 +71,7 @@ def test_neighbours_that_do_not_fit_are_left_out_and_counted(shards, neighbours)
     tokens = shards(N)
     stream = stream_of(Source("a", tokens, neighbours=neighbours, memory=tokens), CONFIG, length=64)
     stream.batch(0)
-    assert stream.counts.dropped_retrieved > 0 and stream.counts.truncated == 0
+    assert stream.counts.total("dropped_retrieved") > 0 and stream.counts.total("split_documents") == 0
 
 
 def test_neighbours_of_other_documents_are_refused(shards, neighbours):
