@@ -7,9 +7,11 @@ It must never import torch or anything slow: `mmtrain --help` passes through her
 from mmtrain.config.artifact import build_artifact, fingerprint, sync_folder, sync_tree, write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import (
+    CleanConfig,
     Config,
     CorpusConfig,
     DataConfig,
+    DedupeConfig,
     EngineConfig,
     GenerateConfig,
     ImageTokenizerConfig,
@@ -25,9 +27,11 @@ from mmtrain.config.schema import (
 )
 
 __all__ = [
+    "CleanConfig",
     "Config",
     "CorpusConfig",
     "DataConfig",
+    "DedupeConfig",
     "EngineConfig",
     "GenerateConfig",
     "ImageTokenizerConfig",

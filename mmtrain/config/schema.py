@@ -40,6 +40,47 @@ class CorpusConfig:
 
 
 @dataclass
+class CleanConfig:
+    """What of a document is left out by rule, as OBELICS does it (Laurencon et al. 2023, appendix A.1.4); 0 and empty: rule off."""
+
+    picture_min_side: int = knob(0, "Drop pictures with a shorter side, in pixels.", minimum=0)
+    picture_max_side: int = knob(0, "Drop pictures with a longer side, in pixels.", minimum=0)
+    picture_max_aspect: float = knob(0.0, "Drop pictures whose longer side is more than so many times the shorter.", minimum=0.0)
+    picture_banned_words: list[str] = knob([], "Drop pictures whose URL or file name holds one of these, case ignored.")
+    picture_once: bool = knob(False, "Drop a picture that the document already had.")
+    paragraph_min_words: int = knob(0, "Drop paragraphs (a blank line is between them) of fewer words.", minimum=0)
+    paragraph_max_words: int = knob(0, "Drop paragraphs of more words.", minimum=0)
+    paragraph_max_character_repetition: float = knob(0.0, "Drop paragraphs with a larger share of repeated runs of 10 characters.", minimum=0.0, maximum=1.0)
+    paragraph_max_word_repetition: float = knob(0.0, "Drop paragraphs with a larger share of repeated runs of 5 words.", minimum=0.0, maximum=1.0)
+    paragraph_max_special: float = knob(0.0, "Drop paragraphs with a larger share of characters that are no letters, blanks included.", minimum=0.0, maximum=1.0)
+    paragraph_min_stopwords: float = knob(0.0, "Drop paragraphs with a smaller share of English function words.", minimum=0.0, maximum=1.0)
+    paragraph_min_punctuation: float = knob(0.0, "Drop paragraphs of 12 words or more with a smaller share of , ; : ? ! . among words and marks.", minimum=0.0, maximum=1.0)
+    document_min_pictures: int = knob(0, "Drop documents with fewer pictures.", minimum=0)
+    document_max_pictures: int = knob(0, "Drop documents with more pictures.", minimum=0)
+    document_min_words: int = knob(0, "Drop documents of fewer words.", minimum=0)
+    document_max_words: int = knob(0, "Drop documents of more words.", minimum=0)
+    document_max_character_repetition: float = knob(0.0, "As for paragraphs.", minimum=0.0, maximum=1.0)
+    document_max_word_repetition: float = knob(0.0, "As for paragraphs.", minimum=0.0, maximum=1.0)
+    document_max_special: float = knob(0.0, "As for paragraphs.", minimum=0.0, maximum=1.0)
+    document_min_stopwords: float = knob(0.0, "As for paragraphs.", minimum=0.0, maximum=1.0)
+    document_min_punctuation: float = knob(0.0, "As for paragraphs.", minimum=0.0, maximum=1.0)
+
+
+@dataclass
+class DedupeConfig:
+    """Copies and near-duplicates, over the whole corpus. Those kept are held out together or not at all."""
+
+    exact: bool = knob(True, "Drop a document whose texts and pictures are those of an earlier one, byte by byte.")
+    near: str = knob("keep", "Near-duplicates of an earlier document: keep them (on one side of the split), or drop them. The captions of one picture are near-duplicates of one another, too.", choices=("keep", "drop"))
+    pictures: bool = knob(True, "Documents with the same pictures are near-duplicates.")
+    picture_distance: int = knob(3, "Pictures are the same up to so many differing bits of 64 of their perceptual hashes (-1: only the same file).", minimum=-1, maximum=8)
+    picture_overlap: float = knob(0.5, "Pictures that two documents share, of all that they have (Jaccard), from which on they are near-duplicates.", minimum=0.05, maximum=1.0)
+    max_picture_uses: int = knob(0, "Drop a picture that is in more documents (OBELICS: 10; 0: keep all). The captions of one picture are several documents.", minimum=0)
+    texts: bool = knob(True, "Documents with nearly the same text are near-duplicates.")
+    text_similarity: float = knob(0.8, "Share of the runs of five words that two texts have in common (Jaccard), from which on they are nearly the same.", minimum=0.3, maximum=1.0)
+
+
+@dataclass
 class DataConfig:
     """How `mmtrain data` works through a corpus."""
 
@@ -259,6 +300,8 @@ class Config:
     mix: dict[str, Any] = knob({}, "Corpora of the run and their shares of the tokens, such as {stamps:1,gimp_help:3}: options of the group corpus, or names under corpora. A share may change with the step: {stamps:1,gimp_help:{0:3,5000:1}}, linear in between. Empty: corpus alone.")
     corpora: dict[str, CorpusConfig] = knob({}, "Corpora that mix names, resolved; set in files only.")
     corpus: CorpusConfig = knob(CorpusConfig, "Corpus.")
+    clean: CleanConfig = knob(CleanConfig, "Cleaning.")
+    dedupe: DedupeConfig = knob(DedupeConfig, "Deduplication.")
     data: DataConfig = knob(DataConfig, "How corpora are worked through.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")

@@ -91,11 +91,12 @@ def _fit(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     return picture.resize(size, PIL.Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def _decode_fitted(data: bytes, side: int) -> PIL.Image.Image:
+def _decode(data: bytes, side: int) -> PIL.Image.Image:
+    """RGB over white, upright, at full size or a fraction of it that is still well above `side`."""
     picture = _open(data, None)
-    picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction of the size, still above the target
+    picture.draft("RGB", (2 * side, 2 * side))  # JPEG only
     _load(picture)
-    return _fit(_rgb_on_white(PIL.ImageOps.exif_transpose(picture)), side)
+    return _rgb_on_white(PIL.ImageOps.exif_transpose(picture))
 
 
 def decode_square(data: bytes, size: int) -> np.ndarray:
@@ -104,7 +105,7 @@ def decode_square(data: bytes, size: int) -> np.ndarray:
     The whole picture fits inside the square, aspect kept, in the middle, padded with white. First frame of
     an animation, turned as its EXIF orientation says. Raises BadImage.
     """
-    fitted = _decode_fitted(data, size)
+    fitted = _fit(_decode(data, size), size)
     if fitted.size == (size, size):
         return np.array(fitted)
     square = PIL.Image.new("RGB", (size, size), WHITE)
@@ -112,9 +113,20 @@ def decode_square(data: bytes, size: int) -> np.ndarray:
     return np.array(square)
 
 
+def decode_stretched(data: bytes, side: int) -> np.ndarray:
+    """Decode a picture that image_from_bytes accepted to (side, side, 3) uint8 RGB, its aspect lost.
+
+    For comparing pictures: the padding of decode_square would make all that are long or tall look alike.
+    Otherwise as decode_square. Raises BadImage.
+    """
+    # Not a smaller fraction of a JPEG: libjpeg rounds its size up, and a shift by half a pixel is seen in a comparison.
+    picture = _decode(data, 8 * side)
+    return np.asarray(picture.resize((side, side), PIL.Image.Resampling.LANCZOS, reducing_gap=3.0))
+
+
 def downscale_to_png(data: bytes, longest_side: int) -> bytes:
     """The picture as an RGB PNG (over white) whose longer side is `longest_side`. Raises BadImage."""
-    return encode_png(np.asarray(_decode_fitted(data, longest_side)))
+    return encode_png(np.asarray(_fit(_decode(data, longest_side), longest_side)))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -166,7 +166,8 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
     signatures = Signatures.concatenate([Signatures.load(folder / "signatures.npz") for folder in folders])
     clusters = find_clusters(signatures, config.dedupe)
     clusters.book(signatures, account)
-    side = np.where(clusters.dropped, DROPPED, validation_side(clusters, side, corpus.validation_fraction))
+    side = np.where(side == UNDECIDED, validation_side(clusters.cluster, corpus.validation_fraction), side)
+    side[clusters.dropped] = DROPPED
 
     np.save(plan / "start.npy", np.cumsum([0, *(len(of_part) for of_part in rows)]))
     np.save(plan / "cluster.npy", clusters.cluster)
