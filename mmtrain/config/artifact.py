@@ -81,6 +81,8 @@ def _build(final: Path, build: Callable[[Path], None], resumable: bool) -> None:
     partial.mkdir(exist_ok=resumable)
     try:
         build(partial)
+        for leftover in partial.rglob(".*.tmp"):  # of write_text_atomic in an interrupted build
+            leftover.unlink()
         sync_tree(partial)
         os.rename(partial, final)
     except BaseException:

@@ -42,16 +42,17 @@ def broken_seal(folder: Path) -> list[str]:
     """One clause per file that is not as `seal` found it."""
     path = folder / SEAL
     try:
-        hashes = json.loads(path.read_text())
-        return [
-            f"{folder / name} {'was changed (its SHA-256 differs)' if (folder / name).is_file() else 'is missing'}"
-            for name in sorted({*hashes, *(path.relative_to(folder).as_posix() for path in _unvouched(folder))})
-            if not (folder / name).is_file() or _sha256(folder / name) != hashes.get(name)
-        ]
+        hashes = dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return [f"{path} is missing"]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return [f"{path} is damaged ({error})"]
+    found = {file.relative_to(folder).as_posix(): _sha256(file) for file in _unvouched(folder)}
+    return [
+        f"{folder / name} is not what {path} says ({'changed' if name in found else 'missing'})"
+        for name in sorted({*hashes, *found})
+        if hashes.get(name) != found.get(name)
+    ]
 
 
 def manifest_faults(folder: Path) -> Iterator[str]:

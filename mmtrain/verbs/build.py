@@ -176,7 +176,10 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
     for number, split in enumerate(SPLITS):
         of_split = np.flatnonzero(side == number)
         if not len(of_split):
-            raise UserError(f"corpus {name} has no {split} document; {account.summary() or 'add documents'}")
+            hint = " or raise corpus.validation_fraction" if split == "validation" else ""
+            raise UserError(
+                f"corpus {name} has no {split} document; {account.summary() or f'add documents{hint}'}"
+            )
         np.save(plan / f"{split}.npy", of_split)
         tasks += [{"split": split, **cut} for cut in cut_by_bytes(size[of_split], config.data.shard_bytes)]
     return {"account": account.plain(), "duplicates": int(clusters.dropped.sum()), "tasks": tasks}
@@ -210,6 +213,8 @@ def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any],
             f"corpus {name}: {read:,} documents were read, but {sum(written.values()):,} written and {left_out} left "
             "out, which does not add up; this is a fault of mmtrain, please report it"
         )
+    for reason, count in (account.bad + account.skipped).most_common():
+        print(f"  left out {count:,}: {reason} (first: {account.examples[reason]})", flush=True)
     facts = {
         "corpus": asdict(config.sources[name]),
         "read": read,

@@ -50,7 +50,8 @@ def prepare_documents(config: Config) -> dict[str, Path]:
     for name, corpus in config.sources.items():
         settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
         settings |= {key: _path_fingerprint(settings[key]) for key in ("path", "image_folder") if settings[key]}
-        final = _folder(config, name, "documents", fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes))
+        key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
+        final = _folder(config, name, "documents", key)
         for other in final.parent.glob(".documents-*.partial"):
             if other.name != f".{final.name}.partial":
                 print(f"  {os.path.relpath(other)} is an unfinished build of other settings or files; delete it if "

@@ -98,7 +98,7 @@ def device() -> str:
     """The GPU of this process: processes share all that there are."""
     if not torch.cuda.is_available():
         return "cpu"
-    number = re.search(r"\d+$", multiprocessing.current_process().name)  # "SpawnProcess-3"
+    number = re.search(r"\d+$", multiprocessing.current_process().name)  # "ForkServerProcess-3"
     return f"cuda:{int(number[0]) % torch.cuda.device_count() if number else 0}"
 
 
