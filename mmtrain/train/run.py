@@ -78,7 +78,7 @@ class Artifacts:
             paths = content[name] or {}
             if isinstance(paths, str):  # a run of mmtrain 0.1: one source, whose name is that of the folder above
                 paths = {(run_dir / paths).resolve().parent.name: paths}
-            return {source: folder(f"{name} ({source})", path) for source, path in paths.items()}
+            return {source: folder(name, path) for source, path in paths.items()}
 
         return cls(
             by_source("documents"),
