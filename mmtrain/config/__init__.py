@@ -4,12 +4,13 @@ Also holds what every package needs and nothing more: the user's error, artifact
 It must never import torch or anything slow: `mmtrain --help` passes through here.
 """
 
-from mmtrain.config.artifact import build_artifact, fingerprint, sync_tree, write_text_atomic
+from mmtrain.config.artifact import build_artifact, fingerprint, sync_folder, sync_tree, write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.schema import (
     CleanConfig,
     Config,
     CorpusConfig,
+    DataConfig,
     DedupeConfig,
     EngineConfig,
     GenerateConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "CleanConfig",
     "Config",
     "CorpusConfig",
+    "DataConfig",
     "DedupeConfig",
     "EngineConfig",
     "GenerateConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "UserError",
     "build_artifact",
     "fingerprint",
+    "sync_folder",
     "sync_tree",
     "write_text_atomic",
 ]

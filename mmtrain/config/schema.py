@@ -93,6 +93,15 @@ class StoreConfig:
 
 
 @dataclass
+class DataConfig:
+    """How `mmtrain data` works through a corpus."""
+
+    processes: int = knob(0, "Processes that read, write and tokenize (0: one per core); what they write does not depend on it.", minimum=0)
+    shard_bytes: int = knob(256 << 20, "A document shard is closed once it holds so many bytes.", minimum=1)
+    shard_documents: int = knob(16_384, "Documents per token shard.", minimum=1)
+
+
+@dataclass
 class TextTokenizerConfig:
     """Byte-level BPE."""
 
@@ -306,6 +315,7 @@ class Config:
     clean: CleanConfig = knob(CleanConfig, "Cleaning.")
     dedupe: DedupeConfig = knob(DedupeConfig, "Deduplication.")
     store: StoreConfig = knob(StoreConfig, "Store.")
+    data: DataConfig = knob(DataConfig, "How corpora are worked through.")
     text_tokenizer: TextTokenizerConfig = knob(TextTokenizerConfig, "Text tokenizer.")
     image_tokenizer: ImageTokenizerConfig = knob(ImageTokenizerConfig, "Image tokenizer.")
     retrieval: RetrievalConfig = knob(RetrievalConfig, "Retrieval.")

@@ -7,7 +7,33 @@ reach the file system.
 
 from mmtrain.shards.manifest import Manifest, ShardInfo
 from mmtrain.shards.reader import DocumentShards, TokenShards
-from mmtrain.shards.verify import verify
-from mmtrain.shards.writer import write_documents, write_tokens
+from mmtrain.shards.verify import broken_seal, find_fault, manifest_faults, repeated_ids, seal, verify
+from mmtrain.shards.writer import (
+    content_bytes,
+    finish_documents,
+    finish_tokens,
+    write_document_shard,
+    write_documents,
+    write_token_shard,
+    write_tokens,
+)
 
-__all__ = ["DocumentShards", "Manifest", "ShardInfo", "TokenShards", "verify", "write_documents", "write_tokens"]
+__all__ = [
+    "DocumentShards",
+    "Manifest",
+    "ShardInfo",
+    "TokenShards",
+    "broken_seal",
+    "content_bytes",
+    "find_fault",
+    "finish_documents",
+    "finish_tokens",
+    "manifest_faults",
+    "repeated_ids",
+    "seal",
+    "verify",
+    "write_document_shard",
+    "write_documents",
+    "write_token_shard",
+    "write_tokens",
+]

@@ -2,7 +2,7 @@
 
 RUN/
     config.yaml        frozen and resolved; all ranks read this file
-    artifacts.json     folders of documents, tokenizers, token shards, neighbours (relative to RUN)
+    artifacts.json     folders of documents, tokenizers, token shards, neighbours (relative to RUN), by source
     environment.json   versions and machine
     metrics.jsonl  ledger.json  report.html  checkpoints/  samples/  logs/  wandb/
 """
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +23,8 @@ from mmtrain.track import redact
 from mmtrain.train.checkpoint import has_checkpoint
 
 # What may differ between the frozen config and a command that continues the run.
-FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "engine", "train.evaluate_every",
-                  "train.checkpoint_every", "train.keep_checkpoints", "stream.prefetch",
+FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "data.processes", "engine",
+                  "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "stream.prefetch",
                   "stream.workers")  # fmt: skip
 LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")
@@ -31,19 +32,31 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegacon
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Folders that a run was made from."""
+    """Folders that a run was made from: what depends on a source by its name, the first one being the main one.
 
-    documents: Path
+    neighbours is empty without retrieval.
+    """
+
+    documents: dict[str, Path]
     text_tokenizer: Path
     image_tokenizer: Path
-    tokens: Path
-    neighbours: Path | None
+    tokens: dict[str, Path]
+    neighbours: dict[str, Path]
+
+    @property
+    def main(self) -> str:
+        """The source that samples, reports and the memory of `mmtrain generate` take documents from."""
+        return next(iter(self.tokens))
 
     def save(self, run_dir: Path) -> None:
         """Write artifacts.json with paths relative to the run directory."""
-        paths = {f.name: getattr(self, f.name) for f in fields(self)}
-        relative = {name: path and os.path.relpath(path, run_dir) for name, path in paths.items()}
-        write_text_atomic(run_dir / "artifacts.json", json.dumps(relative, indent=1))
+        plain = {
+            f.name: {name: os.path.relpath(path, run_dir) for name, path in value.items()}
+            if isinstance(value := getattr(self, f.name), dict)
+            else os.path.relpath(value, run_dir)
+            for f in fields(self)
+        }
+        write_text_atomic(run_dir / "artifacts.json", json.dumps(plain, indent=1))
 
     @classmethod
     def load(cls, run_dir: Path) -> "Artifacts":
@@ -53,19 +66,37 @@ class Artifacts:
             raise UserError(
                 f"{run_dir} is no run directory (artifacts.json is missing); give run=FOLDER of a training run"
             )
-        paths = {name: path and (run_dir / path).resolve() for name, path in json.loads(file.read_text()).items()}
-        for name, path in paths.items():
-            if path and not path.exists():
-                raise UserError(f"{name} of run {run_dir} is missing: {path}; run `mmtrain train` for it again")
-        return cls(**paths)
+        content = json.loads(file.read_text())
+
+        def folder(name: str, path: str) -> Path:
+            found = (run_dir / path).resolve()
+            if not found.exists():
+                raise UserError(f"{name} of run {run_dir} is missing: {found}; run `mmtrain train` for it again")
+            return found
+
+        def by_source(name: str) -> dict[str, Path]:
+            paths = content[name] or {}
+            if isinstance(paths, str):  # a run of mmtrain 0.1: one source, whose name is that of the folder above
+                paths = {(run_dir / paths).resolve().parent.name: paths}
+            return {source: folder(name, path) for source, path in paths.items()}
+
+        return cls(
+            by_source("documents"),
+            folder("text_tokenizer", content["text_tokenizer"]),
+            folder("image_tokenizer", content["image_tokenizer"]),
+            by_source("tokens"),
+            by_source("neighbours"),
+        )
 
     def flops(self) -> dict[str, int]:
         """What these artifacts cost, by book of the ledger."""
-        books: dict[str, int] = {}
+        books: Counter[str] = Counter()
         metrics = self.image_tokenizer / "metrics.json"
         if metrics.is_file():
             books["image_tokenizer_train"] = int(json.loads(metrics.read_text())["flops"])
-        return books | json.loads((self.tokens / "flops.json").read_text())
+        for folder in self.tokens.values():
+            books.update(json.loads((folder / "flops.json").read_text()))
+        return dict(books)
 
 
 def check_run(run_dir: Path, config: Config) -> None:
@@ -91,19 +122,27 @@ def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) 
     run_dir.mkdir(parents=True, exist_ok=True)
     if has_checkpoint(run_dir / "checkpoints") and (run_dir / "artifacts.json").is_file():
         trained_on = Artifacts.load(run_dir)
-        for name, old, new in (
-            (f.name, getattr(trained_on, f.name), getattr(artifacts, f.name)) for f in fields(artifacts)
-        ):
-            if (old and old.resolve()) != (new and new.resolve()):
+        old, new = ({f.name: _resolved(getattr(a, f.name)) for f in fields(a)} for a in (trained_on, artifacts))
+        for name in old:
+            if old[name] != new[name]:
                 raise UserError(
-                    f"{name} of run {run_dir} was {old}, and is {new} now: the data or the program changed since; "
-                    "choose another name=, or bring the old data back"
+                    f"{name} of run {run_dir} was {_shown(old[name])}, and is {_shown(new[name])} now: the data or the "
+                    "program changed since; choose another name=, or bring the old data back"
                 )
     freeze(config, run_dir / "config.yaml")
     artifacts.save(run_dir)
     facts = {"command": redact(command), **environment()}
     write_text_atomic(run_dir / "environment.json", json.dumps(facts, indent=1))
     write_text_atomic(run_dir.parent / LAST, run_dir.name + "\n")
+
+
+def _resolved(paths: Path | dict[str, Path]) -> dict[str, Path]:
+    """Absolute paths by source ("" for what no source has of its own)."""
+    return {name: path.resolve() for name, path in (paths if isinstance(paths, dict) else {"": paths}).items()}
+
+
+def _shown(paths: dict[str, Path]) -> str:
+    return ", ".join(str(path) for path in paths.values()) or "nothing"
 
 
 def environment() -> dict[str, Any]:

@@ -76,13 +76,14 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
     check_batch(config, world.size)
     artifacts = Artifacts.load(folder)
-    vocabulary = Vocabulary.load(artifacts.tokens / "vocabulary.json")
+    vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
     checkpoint, complaints = latest_checkpoint(folder / "checkpoints")
     for complaint in complaints if world.rank == 0 else []:
         print(f"mmtrain: {complaint}; continuing from {checkpoint.path if checkpoint else 0}", file=sys.stderr)
     if checkpoint and checkpoint.state["vocabulary"] != vocabulary.fingerprint:
         raise UserError(
-            f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens}; choose another name="
+            f"checkpoint {checkpoint.path} is of another vocabulary than {artifacts.tokens[artifacts.main]}; "
+            "choose another name="
         )
 
     positions = num_positions(config)
@@ -120,12 +121,17 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
 
 
 def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, split: str) -> Stream:
-    """The stream of a split; retrieved documents come from the training split."""
-    neighbours = Neighbours(artifacts.neighbours / split) if artifacts.neighbours else None
-    memory = TokenShards(artifacts.tokens / "train") if artifacts.neighbours else None
-    source = Source(config.corpus.name, TokenShards(artifacts.tokens / split), neighbours=neighbours, memory=memory)
+    """The stream of a split; retrieved documents come from the training split of their source."""
+    sources = []
+    for name, folder in artifacts.tokens.items():
+        neighbours, memory = None, None
+        if name in artifacts.neighbours:
+            neighbours, memory = Neighbours(artifacts.neighbours[name] / split), TokenShards(folder / "train")
+        share = config.mix.get(name)
+        weight = float(share) if isinstance(share, (int, float)) else 1.0
+        sources.append(Source(name, TokenShards(folder / split), weight, neighbours, memory))
     retrieval = config.retrieval if config.retrieval.enabled else None
-    return Stream([source], vocabulary, config.stream, config.objective, retrieval, config.seed)
+    return Stream(sources, vocabulary, config.stream, config.objective, retrieval, config.seed)
 
 
 def first_run_id(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 VERBS: dict[str, str] = {
     "ls": "list experiments, models, corpora and every other choice",
-    "data": "read a corpus, tokenize it, write document and token shards",
+    "data": "read a corpus, tokenize it, write, verify and look at shards",
     "tokenizer": "train the text or the image tokenizer",
     "retrieval": "find the neighbours of every document",
     "train": "train a run, or go on with it; prepares what is missing",
@@ -39,12 +39,18 @@ Example
   mmtrain ls --config-dir my_conf experiment     your own among them
 """,
     "data": """\
-mmtrain data [settings]
+mmtrain data [build|tokenize|verify|inspect|stats|browse] [settings]
 
-Reads the corpus, drops what is broken or a duplicate (and says how many), trains the tokenizers that are
-missing, and writes document shards and token shards: tar files that plain webdataset reads, with an index
-and a manifest. What exists already is reused; another setting makes another folder under data_dir.
-Prints documents, tokens by kind, bytes and what was skipped, and why.
+build     reads the corpus, cleans it, drops copies, keeps near-duplicates on one side of the split, and writes
+          document shards; says how much was left out, and why.
+tokenize  trains the tokenizers that are missing, and writes token shards. Without a word: build and tokenize.
+verify    compares every byte of what was built of the corpus with what was written; names every bad file;
+          exit code 1 if there is one.
+inspect, stats, browse   look at what was built.
+
+Shards are tar files that plain webdataset reads, with an index and a manifest. The work is done in partitions by
+data.processes processes: stopped or killed, the same command goes on, and what it writes depends neither on that
+nor on the number of processes. What exists already is reused; another setting makes another folder under data_dir.
 
 Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
   mmtrain data corpus=pairs corpus.name=holiday corpus.path=pictures/holiday corpus.image_size=64
@@ -52,8 +58,9 @@ Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
 Example: tars that img2dataset wrote
   mmtrain data corpus=img2dataset corpus.name=web corpus.path=/data/web
 
-Example: procedural shapes, nothing to download
+Example: procedural shapes, nothing to download; then a look for damage
   mmtrain data corpus=shapes corpus.num_documents=5000
+  mmtrain data verify corpus=shapes
 """,
     "tokenizer": """\
 mmtrain tokenizer text|image [settings]

@@ -1,8 +1,8 @@
 """The chain of artifacts behind a run, each built once and found again by the fingerprint of what made it.
 
-documents ─▶ text tokenizer ─┐
-    └──────▶ image tokenizer ┴▶ token shards
-    └──────▶ neighbours
+documents of every source ─▶ text tokenizer ─┐
+    └──────▶ image tokenizer ────────────────┴▶ token shards of every source
+    └──────▶ neighbours of every source
 """
 
 import json
@@ -10,31 +10,28 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
-from mmtrain.documents import decode_square, read_corpus
+from mmtrain.documents import Account, Document, decode_square, judge
 from mmtrain.retrieval import build_neighbours
-from mmtrain.shards import DocumentShards, write_documents, write_tokens
-from mmtrain.tokens import (
-    ImageTokenizer,
-    TextTokenizer,
-    TokenDocument,
-    Vocabulary,
-    document_to_tokens,
-    train_image_tokenizer,
-)
+from mmtrain.shards import DocumentShards
+from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
 from mmtrain.train.run import Artifacts
+from mmtrain.verbs.build import build_documents
 from mmtrain.verbs.progress import Bar
+from mmtrain.verbs.tokenize import run_vocabulary, tokenize_documents
 
-T = TypeVar("T")
 SPLITS = ("train", "validation")
-ENCODE_BATCH = 256
-FORMAT = 2  # raise when the same config gives other bytes
+HELD_OUT_PICTURES = 256
+FORMAT = 3  # raise when the same config gives other bytes
+MIX = "mix"  # the folder under data_dir of the tokenizers that several sources share
+NOT_IN_BYTES = ("max_bad_fraction",)  # settings of a corpus that stop the work, and change nothing that is written
 
 
 def prepare(config: Config) -> Artifacts:
@@ -47,73 +44,72 @@ def prepare(config: Config) -> Artifacts:
     return Artifacts(documents, text, image, tokens, neighbours)
 
 
-def prepare_documents(config: Config) -> Path:
-    """Document shards of the corpus, split into train and validation."""
-    corpus = asdict(config.corpus)
-    if config.corpus.path:
-        corpus["path"] = _path_fingerprint(config.corpus.path)
-    final = _folder(config, "documents", fingerprint(FORMAT, corpus))
-
-    def build(partial: Path) -> None:
-        facts: dict[str, Any] = {"corpus": asdict(config.corpus)}
-        for split in SPLITS:
-            reading = read_corpus(config.corpus, split, Path(config.data_dir) / "downloads")
-            with Bar(f"reading {config.corpus.name} ({split})", None) as advance:
-                manifest = write_documents(partial / split, _counted(reading, advance))
-            if not manifest.documents:
-                raise UserError(
-                    f"corpus {config.corpus.name} has no {split} document; {reading.summary() or 'add pictures'}"
-                )
-            facts[split] = {
-                "documents": manifest.documents,
-                "skipped": dict(reading.skipped),
-                "examples": reading.examples,
-            }
-            for reason, count in reading.skipped.items():
-                print(f"  skipped {count}: {reason} (first: {reading.examples[reason]})")
-        (partial / "facts.json").write_text(json.dumps(facts, indent=1))
-
-    return _timed("documents", final, build)
+def prepare_documents(config: Config) -> dict[str, Path]:
+    """Document shards of each source, split into train and validation."""
+    folders = {}
+    for name, corpus in config.sources.items():
+        settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
+        settings |= {key: _path_fingerprint(settings[key]) for key in ("path", "image_folder") if settings[key]}
+        key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
+        final = _folder(config, name, "documents", key)
+        for other in final.parent.glob(".documents-*.partial"):
+            if other.name != f".{final.name}.partial":
+                print(f"  {os.path.relpath(other)} is an unfinished build of other settings or files; delete it if "
+                      "you do not go on with it")  # fmt: skip
+        folders[name] = _timed(
+            f"documents of {name}", final, partial(build_documents, config, name), resumable=True
+        )
+        facts = json.loads((final / "facts.json").read_text())
+        account = Account()
+        account.add(facts)
+        judge(account, sum(part["documents"] for part in facts["partitions"]), corpus)
+    return folders
 
 
-def prepare_text_tokenizer(config: Config, documents: Path) -> Path:
+def prepare_text_tokenizer(config: Config, documents: dict[str, Path]) -> Path:
     """Folder with tokenizer.json: trained on the training documents, or the file that the config names."""
     source = config.text_tokenizer.path
-    key = TextTokenizer.load(Path(source)).fingerprint if source else documents.name
-    final = _folder(config, "text", fingerprint(FORMAT, config.text_tokenizer, key))
+    key = TextTokenizer.load(Path(source)).fingerprint if source else _names(documents)
+    final = _folder(config, _corpus_name(documents), "text", fingerprint(FORMAT, config.text_tokenizer, key))
 
-    def build(partial: Path) -> None:
+    def build(folder: Path) -> None:
         if source:
             tokenizer = TextTokenizer.load(Path(source))
         else:
-            texts = (text for document in DocumentShards(documents / "train") for text in document.texts)
+            texts = (text for document in _in_turns(documents, "train") for text in document.texts)
             tokenizer = TextTokenizer.train(texts, config.text_tokenizer)
-        tokenizer.save(partial / "tokenizer.json")
+        tokenizer.save(folder / "tokenizer.json")
 
     return _timed("text tokenizer", final, build)
 
 
-def prepare_image_tokenizer(config: Config, documents: Path) -> Path:
+def prepare_image_tokenizer(config: Config, documents: dict[str, Path]) -> Path:
     """Folder of the image tokenizer: trained on the training pictures, or the one that the config names."""
+    size = config.corpus.image_size
     if config.image_tokenizer.path:
         folder = Path(config.image_tokenizer.path)
         tokenizer = ImageTokenizer.load(folder)
-        if tokenizer.image_size != config.corpus.image_size:
+        if tokenizer.image_size != size:
             raise UserError(
                 f"image_tokenizer.path={folder} is for pictures of {tokenizer.image_size} pixels; "
                 f"set corpus.image_size={tokenizer.image_size}"
             )
         return folder
-    final = _folder(config, "image", fingerprint(FORMAT, config.image_tokenizer, documents.name))
+    key = fingerprint(FORMAT, config.image_tokenizer, _names(documents))
+    final = _folder(config, _corpus_name(documents), "image", key)
 
-    def build(partial: Path) -> None:
-        train = load_pictures(documents / "train", config.corpus.image_size, config.image_tokenizer.max_images)
-        held_out = load_pictures(documents / "validation", config.corpus.image_size, 256)
-        if not len(train) or not len(held_out):
-            raise UserError(f"corpus {config.corpus.name} has no pictures to train an image tokenizer on")
+    def build(folder: Path) -> None:
+        train = load_pictures(_in_turns(documents, "train"), size, config.image_tokenizer.max_images)
+        held_out = load_pictures(_in_turns(documents, "validation"), size, HELD_OUT_PICTURES)
+        for split, pictures in zip(SPLITS, (train, held_out), strict=True):
+            if not len(pictures):
+                raise UserError(
+                    f"no {split} document of {', '.join(documents)} has a picture to train an image tokenizer on; set "
+                    "image_tokenizer.path to one that is trained, or add pictures"
+                )
         with Bar("training the image tokenizer", config.image_tokenizer.steps) as advance:
             train_image_tokenizer(
-                train, held_out, config.image_tokenizer, partial, lambda step, row: advance(step, note=_short(row))
+                train, held_out, config.image_tokenizer, folder, lambda step, row: advance(step, note=_short(row))
             )
 
     final = _timed("image tokenizer", final, build)
@@ -125,72 +121,74 @@ def prepare_image_tokenizer(config: Config, documents: Path) -> Path:
     return final
 
 
-def prepare_tokens(config: Config, documents: Path, text_folder: Path, image_folder: Path) -> Path:
-    """Token shards of both splits, with vocabulary.json beside them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    text, image = TextTokenizer.load(text_folder / "tokenizer.json"), ImageTokenizer.load(image_folder).to(device)
-    vocabulary = Vocabulary(text.size, image.num_codes, config.objective.num_sentinels)
-    key = fingerprint(FORMAT, documents.name, text.fingerprint, image.fingerprint, vocabulary.fingerprint)
-    final = _folder(config, "tokens", key)
-
-    def build(partial: Path) -> None:
-        vocabulary.save(partial / "vocabulary.json")
-        num_images = 0
-        for split in SPLITS:
-            shards = DocumentShards(documents / split)
-            with Bar(f"tokenizing ({split})", len(shards)) as advance:
-                encoded = _counted(_encode(shards, text, image, vocabulary, config.corpus.image_size), advance)
-                write_tokens(partial / split, encoded, vocabulary, text.fingerprint, image.fingerprint)
-            num_images += sum(len(document.images) for document in shards)
-        flops = {"image_tokenizer_encode": num_images * image.encode_flops_per_image}
-        (partial / "flops.json").write_text(json.dumps(flops))
-
-    return _timed("token shards", final, build)
+def prepare_tokens(config: Config, documents: dict[str, Path], text: Path, image: Path) -> dict[str, Path]:
+    """Token shards of both splits of each source, with vocabulary.json beside them."""
+    text_tokenizer, image_tokenizer = TextTokenizer.load(text / "tokenizer.json"), ImageTokenizer.load(image)
+    vocabulary = run_vocabulary(config, text_tokenizer, image_tokenizer)
+    fingerprints = (text_tokenizer.fingerprint, image_tokenizer.fingerprint, vocabulary.fingerprint)
+    folders = {}
+    for name, folder in documents.items():
+        key = fingerprint(FORMAT, folder.name, *fingerprints, config.data.shard_documents)
+        folders[name] = _timed(
+            f"token shards of {name}",
+            _folder(config, name, "tokens", key),
+            partial(tokenize_documents, config, folder, text, image),
+            resumable=True,
+        )
+    return folders
 
 
-def prepare_neighbours(config: Config, documents: Path) -> Path | None:
-    """Neighbours of the documents of both splits among the training documents; None without retrieval."""
+def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, Path]:
+    """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
     if not config.retrieval.enabled:
-        return None
+        return {}
     r = config.retrieval
     # How many of the candidates a sequence takes is decided at load time and does not change the artifact.
     key = (r.encoder, r.dimension, r.num_candidates, r.max_score, r.query_dropout)
-    final = _folder(config, "neighbours", fingerprint(FORMAT, key, config.seed, documents.name))
 
-    def build(partial: Path) -> None:
+    def build(documents: Path, out: Path) -> None:
         memory = DocumentShards(documents / "train")
-        build_neighbours(memory, memory, config.retrieval, partial / "train", config.seed)
+        build_neighbours(memory, memory, config.retrieval, out / "train", config.seed)
         held_out = DocumentShards(documents / "validation")
-        encoded = partial / "train"
-        build_neighbours(memory, held_out, config.retrieval, partial / "validation", config.seed, encoded=encoded)
+        encoded = out / "train"
+        build_neighbours(memory, held_out, config.retrieval, out / "validation", config.seed, encoded=encoded)
 
-    return _timed("neighbours", final, build)
+    folders = {}
+    for name, folder in documents.items():
+        final = _folder(config, name, "neighbours", fingerprint(FORMAT, key, config.seed, folder.name))
+        folders[name] = _timed(f"neighbours of {name}", final, partial(build, folder))
+    return folders
 
 
-def load_pictures(folder: Path, image_size: int, limit: int) -> np.ndarray:
-    """(N, S, S, 3) uint8: the first `limit` pictures of document shards, decoded and square."""
+def load_pictures(documents: Iterable[Document], image_size: int, limit: int) -> np.ndarray:
+    """(N, S, S, 3) uint8: the first `limit` pictures of documents, decoded and square."""
     pictures: list[np.ndarray] = []
-    for document in DocumentShards(folder):
-        pictures += [decode_square(image.data, image_size) for image in document.images]
-        if len(pictures) >= limit:
+    for document in documents:
+        pictures += [decode_square(image.data, image_size) for image in document.images[: limit - len(pictures)]]
+        if len(pictures) == limit:
             break
-    return np.stack(pictures[:limit]) if pictures else np.empty((0, image_size, image_size, 3), np.uint8)
+    return np.stack(pictures) if pictures else np.empty((0, image_size, image_size, 3), np.uint8)
 
 
-def _encode(
-    shards: DocumentShards, text: TextTokenizer, image: ImageTokenizer, vocabulary: Vocabulary, image_size: int
-) -> Iterator[TokenDocument]:
-    for start in range(0, len(shards), ENCODE_BATCH):
-        documents = [shards[i] for i in range(start, min(start + ENCODE_BATCH, len(shards)))]
-        pictures = [decode_square(picture.data, image_size) for document in documents for picture in document.images]
-        codes = iter(image.encode(np.stack(pictures))) if pictures else iter(())
-        for document in documents:
-            of_document = [next(codes) for _ in document.images]
-            yield document_to_tokens(document, text, of_document, vocabulary)
+def _in_turns(documents: dict[str, Path], split: str) -> Iterator[Document]:
+    """The documents of all sources, one of each in turn."""
+    rows = zip_longest(*(DocumentShards(folder / split) for folder in documents.values()))
+    return (document for document in chain.from_iterable(rows) if document is not None)
 
 
-def _folder(config: Config, stage: str, key: str) -> Path:
-    return Path(config.data_dir) / config.corpus.name / f"{stage}-{key}"
+def _names(documents: dict[str, Path]) -> Any:
+    """What made the documents: the name of the folder, or of the folder of each source."""
+    names = [folder.name for folder in documents.values()]
+    return names[0] if len(names) == 1 else names
+
+
+def _corpus_name(documents: dict[str, Path]) -> str:
+    """The folder of what belongs to all sources together."""
+    return next(iter(documents)) if len(documents) == 1 else MIX
+
+
+def _folder(config: Config, name: str, stage: str, key: str) -> Path:
+    return Path(config.data_dir) / name / f"{stage}-{key}"
 
 
 def _path_fingerprint(path: str) -> str:
@@ -202,20 +200,14 @@ def _path_fingerprint(path: str) -> str:
     return fingerprint(str(root.resolve()), [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 
-def _timed(what: str, final: Path, build: Callable[[Path], None]) -> Path:
+def _timed(what: str, final: Path, build: Callable[[Path], None], resumable: bool = False) -> Path:
     start, existed = time.monotonic(), final.is_dir()
-    build_artifact(final, build)
+    build_artifact(final, build, resumable)
     print(
         f"{what}: {os.path.relpath(final)} ({'found' if existed else f'built in {time.monotonic() - start:.1f} s'})",
         flush=True,
     )
     return final
-
-
-def _counted(items: Iterable[T], advance: Bar) -> Iterator[T]:
-    for count, item in enumerate(items, start=1):
-        yield item
-        advance(count)
 
 
 def _short(row: dict[str, Any]) -> str:

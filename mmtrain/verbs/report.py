@@ -14,7 +14,7 @@ from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import DocumentShards
 from mmtrain.track import ReportData, closing_box, read_metrics, write_report
-from mmtrain.verbs.data import describe
+from mmtrain.verbs.data import describe, left_out
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
 NUM_DOCUMENTS = 8
@@ -41,7 +41,7 @@ def collect(run: TrainedRun) -> ReportData:
     with tempfile.TemporaryDirectory() as folder:
         comparison = comparison_figure(own, Path(folder) / "comparison.png").read_bytes()
     return ReportData(
-        title=f"{run.config.name}: {run.config.corpus.name} with {run.config.model.family}",
+        title=f"{run.config.name}: {', '.join(run.artifacts.documents)} with {run.config.model.family}",
         summary=summary(run, metrics, ledger),
         corpus=corpus_facts(run),
         metrics=metrics,
@@ -97,14 +97,11 @@ def summary(run: TrainedRun, metrics: list[dict[str, Any]], ledger: dict[str, An
 
 def corpus_facts(run: TrainedRun) -> list[tuple[str, Any]]:
     """What was trained on."""
-    facts = json.loads((run.artifacts.documents / "facts.json").read_text())
-    rows: list[tuple[str, Any]] = [
-        ("corpus", run.config.corpus.name),
-        ("picture", f"{run.config.corpus.image_size} pixels"),
-    ]
-    for split in ("train", "validation"):
-        rows.append((split, describe(run.artifacts.tokens / split)))
-        rows += [(f"{split}, skipped: {reason}", count) for reason, count in facts[split]["skipped"].items()]
+    rows: list[tuple[str, Any]] = [("picture", f"{run.config.corpus.image_size} pixels")]
+    for name, documents in run.artifacts.documents.items():
+        rows.append(("corpus", name))
+        rows += [(split, describe(run.artifacts.tokens[name] / split)) for split in ("train", "validation")]
+        rows += [(f"left out: {reason}", count) for reason, count in left_out(documents).items()]
     objective = run.config.objective
     rows.append(
         ("objective", f"{objective.kind}, whole segments masked with p = {objective.whole_segment_probability}")
@@ -117,10 +114,11 @@ def corpus_facts(run: TrainedRun) -> list[tuple[str, Any]]:
 
 def neighbours(run: TrainedRun, documents: list[Document]) -> list[tuple[Document, list[tuple[Document, float]]]]:
     """Held-out documents with what was retrieved for them."""
-    if run.artifacts.neighbours is None:
+    if not run.artifacts.neighbours:
         return []
-    memory = DocumentShards(run.artifacts.documents / "train")
-    found = Neighbours(run.artifacts.neighbours / "validation")
+    name = run.artifacts.main
+    memory = DocumentShards(run.artifacts.documents[name] / "train")
+    found = Neighbours(run.artifacts.neighbours[name] / "validation")
     positions = {document.id: i for i, document in enumerate(run.held_out(len(found)))}
     rows = []
     for document in documents:

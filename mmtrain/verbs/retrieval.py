@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
@@ -17,15 +18,23 @@ def main(argv: list[str]) -> int:
     """Search neighbours, or find them, and show a few."""
     config = compose(argv)
     documents = prepare.prepare_documents(config)
-    folder = prepare.prepare_neighbours(config, documents)
-    if folder is None:
+    folders = prepare.prepare_neighbours(config, documents)
+    if not folders:
         raise UserError("retrieval.enabled=false: there is nothing to do; use retrieval=hashed")
+    places = {}
+    for name, folder in folders.items():
+        places[f"neighbours of {name}"] = os.path.relpath(folder)
+        places[f"left out of {name}"] = _show(documents[name], folder)
+    closing_box("neighbours", places)
+    return 0
+
+
+def _show(documents: Path, folder: Path) -> str:
+    """Print the neighbours of a few documents; returns what was left out."""
     memory, neighbours = DocumentShards(documents / "train"), Neighbours(folder / "validation")
     queries = DocumentShards(documents / "validation")
     for i in range(min(SHOWN, len(queries))):
         found = [" ".join(memory[int(j)].texts) or memory[int(j)].id for j in neighbours.candidates(i)[:3]]
         print(f"{' '.join(queries[i].texts) or queries[i].id}\n    " + "\n    ".join(found))
     facts = json.loads((folder / "train" / "neighbours.json").read_text())
-    left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items())
-    closing_box("neighbours", {"folder": os.path.relpath(folder), "left out": left_out or "none"})
-    return 0
+    return ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "none"

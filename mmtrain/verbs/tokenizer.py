@@ -26,5 +26,5 @@ def main(argv: list[str]) -> int:
         folder = prepare.prepare_image_tokenizer(config, documents)
         pictures = folder / "reconstructions.png"
         places = {"tokenizer": os.path.relpath(folder), "reconstructions": os.path.relpath(pictures)}
-    closing_box(f"{kind} tokenizer of {config.corpus.name}", places)
+    closing_box(f"{kind} tokenizer of {', '.join(documents)}", places)
     return 0

@@ -48,7 +48,7 @@ class TrainedRun:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.load(self.artifacts.tokens / "vocabulary.json")
+        return Vocabulary.load(self.artifacts.tokens[self.artifacts.main] / "vocabulary.json")
 
     @cached_property
     def text(self) -> TextTokenizer:
@@ -70,16 +70,17 @@ class TrainedRun:
 
     @cached_property
     def memory(self) -> Memory | None:
-        """The retrieval memory of the training split, if the run has one."""
-        return Memory(self.artifacts.neighbours / "train") if self.artifacts.neighbours else None
+        """The retrieval memory of the main source's training split, if the run has one."""
+        folder = self.artifacts.neighbours.get(self.artifacts.main)
+        return Memory(folder / "train") if folder else None
 
     @cached_property
     def memory_tokens(self) -> TokenShards:
-        return TokenShards(self.artifacts.tokens / "train")
+        return TokenShards(self.artifacts.tokens[self.artifacts.main] / "train")
 
     def held_out(self, limit: int) -> list[Document]:
-        """The first `limit` validation documents."""
-        shards = DocumentShards(self.artifacts.documents / "validation")
+        """The first `limit` validation documents of the main source."""
+        shards = DocumentShards(self.artifacts.documents[self.artifacts.main] / "validation")
         return [shards[i] for i in range(min(limit, len(shards)))]
 
     def retrieved(self, queries: Sequence[str | np.ndarray]) -> list[list[np.ndarray]] | None:

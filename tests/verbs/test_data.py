@@ -36,8 +36,8 @@ def data(path: Path, *more: str) -> int:
 
 def test_bad_pictures_among_good_ones_are_counted_named_and_left_out(pictures: Path, capsys) -> None:
     good = (pictures / "0.png").read_bytes()
-    bad = {"nopicture": b"this is no picture", "halved": good[: len(good) // 2], "uncaptioned": good}
-    for name, content in bad.items():
+    bad_files = {"nopicture": b"this is no picture", "halved": good[: len(good) // 2], "uncaptioned": good}
+    for name, content in bad_files.items():
         (pictures / f"{name}.png").write_bytes(content)
         (pictures / f"{name}.txt").write_text("a caption")
     (pictures / "uncaptioned.txt").write_text("  \n")
@@ -47,14 +47,11 @@ def test_bad_pictures_among_good_ones_are_counted_named_and_left_out(pictures: P
     assert data(pictures, "corpus.max_bad_fraction=0.5") == 0
     output = capsys.readouterr().out
     (facts,) = Path("data/pairs").glob("documents-*/facts.json")
-    skipped: dict[str, int] = {}
-    examples: dict[str, str] = {}
-    for split in ("train", "validation"):
-        skipped |= json.loads(facts.read_text())[split]["skipped"]
-        examples |= json.loads(facts.read_text())[split]["examples"]
-    assert {Path(name).stem for name in examples.values()} == {*bad, "huge"}
-    assert all(count == 1 for count in skipped.values())
-    assert all(f"skipped 1: {reason} (first: {examples[reason]})" in output for reason in skipped)
+    found = json.loads(facts.read_text())
+    bad, examples = found["bad"], found["examples"]
+    assert {Path(name).stem for name in examples.values()} == {*bad_files, "huge"}
+    assert all(count == 1 for count in bad.values())
+    assert all(f"left out 1: {reason} (first: {examples[reason]})" in output for reason in bad)
     kept = [DocumentShards(facts.parent / split) for split in ("train", "validation")]
     assert sorted(document.texts[0] for shards in kept for document in shards) == sorted(
         f"picture number {number}" for number in range(16)
