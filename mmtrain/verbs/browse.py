@@ -24,7 +24,6 @@ PAGE = "browse.html"
 NUM_DOCUMENTS = 24
 MOST_DOCUMENTS = 2000
 NUM_NEIGHBOURS = 4
-MEMORY = "train"  # what neighbours are taken from
 
 
 def main(config: Config, words: list[str]) -> int:
@@ -70,7 +69,7 @@ def collect(config: Config, corpus: PreparedCorpus, places: Sequence[Place]) -> 
         (f"fit in {config.stream.sequence_length:,} tokens", f"{fit / total:.1%}"),
     ]
     return BrowseData(
-        title=f"corpus {config.corpus.name}",
+        title=f"corpus {', '.join(config.sources)}",
         subtitle=f"{len(places):,} of {total:,} documents, drawn with seed {config.seed}",
         documents=shown(corpus, places, cluster_sizes(corpus.documents, places)),
         num_pictures=sum(name is not None for name in images),
@@ -124,4 +123,4 @@ def _neighbours(corpus: PreparedCorpus, split: str, i: int) -> list[tuple[Docume
     if found is None:
         return None
     pairs = zip(found.candidates(i)[:NUM_NEIGHBOURS], found.scores(i)[:NUM_NEIGHBOURS], strict=True)
-    return [(corpus.documents[MEMORY][int(j)], float(score)) for j, score in pairs]
+    return [(corpus.memory(split)[int(j)], float(score)) for j, score in pairs]

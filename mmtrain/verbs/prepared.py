@@ -14,7 +14,10 @@ from mmtrain.verbs import prepare
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """The shards of a corpus by split, and what they were made with. neighbours: empty where there are none yet."""
+    """The shards of a corpus by split, and what they were made with; of several corpora, by SOURCE/SPLIT.
+
+    facts: what facts.json holds (by source where there are several). neighbours: empty where none were asked for.
+    """
 
     folder: Path
     facts: dict[str, Any]
@@ -24,20 +27,34 @@ class PreparedCorpus:
     image: ImageTokenizer
     neighbours: dict[str, Neighbours]
 
+    def memory(self, split: str) -> DocumentShards:
+        """The documents that the neighbours of a split are among."""
+        source, slash, _ = split.rpartition("/")
+        return self.documents[f"{source}{slash}train"]
+
 
 def open_corpus(config: Config, with_neighbours: bool = False) -> PreparedCorpus:
-    """Build what is missing of the corpus and open it; the neighbours only when asked for."""
+    """Build what is missing of the corpus, or corpora, and open it; the neighbours only when asked for."""
     documents = prepare.prepare_documents(config)
     text = prepare.prepare_text_tokenizer(config, documents)
     image = prepare.prepare_image_tokenizer(config, documents)
     tokens = prepare.prepare_tokens(config, documents, text, image)
-    neighbours = prepare.prepare_neighbours(config, documents) if with_neighbours else None
+    neighbours = prepare.prepare_neighbours(config, documents) if with_neighbours else {}
+
+    def by_split(folders: dict[str, Path]) -> dict[str, Path]:
+        return {
+            f"{name}/{split}" if len(documents) > 1 else split: folder / split
+            for name, folder in folders.items()
+            for split in prepare.SPLITS
+        }
+
+    facts = {name: json.loads((folder / "facts.json").read_text()) for name, folder in documents.items()}
     return PreparedCorpus(
-        documents.parent,
-        json.loads((documents / "facts.json").read_text()),
-        {split: DocumentShards(documents / split) for split in prepare.SPLITS},
-        {split: TokenShards(tokens / split) for split in prepare.SPLITS},
+        text.parent,
+        facts if len(facts) > 1 else next(iter(facts.values())),
+        {split: DocumentShards(folder) for split, folder in by_split(documents).items()},
+        {split: TokenShards(folder) for split, folder in by_split(tokens).items()},
         TextTokenizer.load(text / "tokenizer.json"),
         ImageTokenizer.load(image),
-        {split: Neighbours(neighbours / split) for split in prepare.SPLITS} if neighbours else {},
+        {split: Neighbours(folder) for split, folder in by_split(neighbours).items()},
     )

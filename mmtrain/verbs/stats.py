@@ -31,9 +31,9 @@ def main(config: Config, words: list[str]) -> int:
                 corpus.documents, corpus.tokens, corpus.facts, config.stream.sequence_length, advance
             )
     if words:
-        print(json.dumps({"corpus": config.corpus.name, **found}, indent=1))
+        print(json.dumps({"corpus": ", ".join(config.sources), **found}, indent=1))
     else:
-        show(found, f"corpus {config.corpus.name}", Console(highlight=False))
+        show(found, f"corpus {', '.join(config.sources)}", Console(highlight=False))
     return 0
 
 
