@@ -190,9 +190,9 @@ class Parquet(Corpus):
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    # A file system: pyarrow takes some names for addresses. Without pre_buffer a row group is read in pieces.
+    # pyarrow takes some relative names for addresses. Without pre_buffer a row group is read in pieces.
     return pq.ParquetFile(
-        str(path),
+        str(path.absolute()),
         filesystem=LocalFileSystem(),
         buffer_size=BUFFER_BYTES,
         pre_buffer=False,
