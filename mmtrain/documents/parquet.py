@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from mmtrain.config import UserError
 from mmtrain.documents.captioned import id_of_path, largest_picture_bytes
@@ -73,7 +74,7 @@ class Parquet(Corpus):
                 with _open(file_path(self.config, name)) as file:
                     schema = file.schema_arrow
                     groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-                    sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+                    sizes = [(max(0, group.num_rows), group.total_byte_size) for group in groups]
                     num_rows = file.metadata.num_rows
             except ERRORS as error:
                 account.spoil(DAMAGED, f"{name}, {_first_line(error)}")
@@ -189,9 +190,10 @@ class Parquet(Corpus):
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    # A file object: pyarrow takes some names for addresses. Without pre_buffer a row group is read in pieces.
+    # pyarrow takes some relative names for addresses. Without pre_buffer a row group is read in pieces.
     return pq.ParquetFile(
-        open(path, "rb"),  # noqa: SIM115 - closed with the ParquetFile
+        str(path.absolute()),
+        filesystem=LocalFileSystem(),
         buffer_size=BUFFER_BYTES,
         pre_buffer=False,
         page_checksum_verification=True,

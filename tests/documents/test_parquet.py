@@ -231,3 +231,12 @@ def test_a_file_that_breaks_after_its_rows_were_counted(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     assert not list(corpus.documents(partitions[0], account := Account()))
     assert account.bad == {"damaged parquet file": 5}
+
+
+def test_names_are_never_taken_for_addresses(tmp_path, monkeypatch):
+    (tmp_path / "s3:").mkdir()
+    with open(tmp_path / "s3:" / "b%20 #?\u00e9.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["a"]}), file)
+    monkeypatch.chdir(tmp_path)
+    documents, account = read(Path("s3:"))
+    assert len(documents) == 1 and not account.summary()

@@ -103,7 +103,7 @@ def test_texts_alone_pictures_alone_and_pairs(tmp_path):
         tmp_path / "a.tar",
         {"1.txt": "\ufeffétude\n".encode(), "2.jpg": png(2), "3.json": b'{"texts": ["a", "b"]}'},
         {"4.json": b'{"texts": ["a", "b"], "images": []}', "5.png": png(5), "5.txt": b"five"},
-        {"6.json": b'{"images": ["0.png"]}', "6.0.png": png(6)},
+        {"6.json": b'{"texts": [], "images": ["0.png"]}', "6.0.png": png(6)},
     )
     documents, account = read(tmp_path)
     assert [shape(d) for d in documents] == [["étude"], [2], ["a\n\nb"], ["a\n\nb"], ["five", 5], [6]]
