@@ -60,15 +60,16 @@ class Clusters:
 
 
 def find_clusters(signatures: Signatures, config: DedupeConfig) -> Clusters:
-    """Cluster the documents of a corpus: see the module, and docs/reference/config.md for the thresholds."""
+    """Cluster the documents of a corpus.
+
+    In memory: about as much as the signatures again, 1.3 GB in all for a million documents with 2.5 million pictures.
+    """
     content, first = _distinct(signatures.content)
     graph = _Graph(len(first))
     common: frozenset[str] = frozenset()
     if config.pictures or config.max_picture_uses:
-        pictures = _Graph(0)
-        picture = _same_pictures(signatures, config.picture_distance, pictures)
+        picture, graph.num_uncompared = _same_pictures(signatures, config.picture_distance)
         sets = _picture_sets(signatures, picture, first)
-        graph.num_uncompared += pictures.num_uncompared
         if config.max_picture_uses:
             is_common = sets.uses > config.max_picture_uses
             digests = signatures.picture_digest[is_common[picture]]
@@ -186,10 +187,10 @@ def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return number, order[is_first]
 
 
-def _same_pictures(signatures: Signatures, distance: int, graph: _Graph) -> np.ndarray:
-    """(m,) a number per picture that is the same for the same pictures: files, and what looks alike."""
+def _same_pictures(signatures: Signatures, distance: int) -> tuple[np.ndarray, int]:
+    """(m,) a number per picture, equal for the same files and for what looks alike; candidates not compared."""
     file, first = _distinct(signatures.picture_digest)
-    graph.label = np.arange(len(first))
+    graph = _Graph(len(first))
     telling = np.flatnonzero(signatures.picture_tells[first])
     hashes = signatures.picture_hash[first]
     colors = signatures.picture_colors[first].astype(np.int16)
@@ -206,7 +207,7 @@ def _same_pictures(signatures: Signatures, distance: int, graph: _Graph) -> np.n
         blocks = [(1 << end) - (1 << start) for start, end in zip(edges, edges[1:], strict=False)]
         for kept in combinations(blocks, SAME_BLOCKS):
             graph.link_within(hashes[telling] & np.uint64(sum(kept)), telling, same)
-    return graph.label[file]
+    return graph.label[file], graph.num_uncompared
 
 
 @dataclass(frozen=True)
