@@ -384,6 +384,14 @@ def test_one_file_larger_than_the_cache_still_serves(tmp_path, server, config):
     assert len(cached(config)) == 1
 
 
+def test_a_file_evicted_before_it_is_opened_is_fetched_again(server, config, monkeypatch):
+    there = open_store(server.url + "/a", config)
+    fetch, evictions = there.fetch, iter([Path.unlink])
+    monkeypatch.setattr(there, "fetch", lambda *file: (path := fetch(*file), next(evictions, Path.exists)(path))[0])
+    with there.open("x.tar", len(DATA), SHA256) as file:
+        assert file.read() == DATA
+
+
 def test_running_downloads_count_in_full(server, config):
     config.cache_bytes = 2 * len(DATA)
     server.files |= {"/a/y.tar": DATA, "/a/z.tar": DATA}
@@ -464,7 +472,7 @@ def test_a_damaged_index_is_a_sentence_at_first_use(tmp_path, damage):
     with np.load(path) as content:
         arrays = dict(content)
     if damage == "outside":
-        arrays["parts"][0] = (1 << 62, 1 << 62)
+        arrays["parts"][0] = ((1 << 63) - 1, 8)  # whose sum overflows
     if damage == "modality":
         arrays["segments"][0, 0] = 9
     (np.savez_compressed if damage == "compressed" else np.savez)(path, **arrays)
