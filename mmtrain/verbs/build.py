@@ -17,19 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.config import CleanConfig, Config, CorpusConfig, UserError, write_text_atomic
+from mmtrain.config import CleanConfig, Config, CorpusConfig, UserError, sync_tree, write_text_atomic
 from mmtrain.documents import Account, Document, judge, open_corpus
 from mmtrain.documents.cleaning import clean, drop_pictures
 from mmtrain.documents.clusters import find_clusters, validation_side
 from mmtrain.documents.signatures import Signatures, sign
-from mmtrain.shards import (
-    DocumentShards,
-    ShardInfo,
-    content_bytes,
-    finish_documents,
-    seal,
-    write_document_shard,
-)
+from mmtrain.shards import DocumentShards, ShardInfo, content_bytes, finish_documents, seal, write_document_shard
 from mmtrain.verbs.partitions import Result, Task, run_partitions
 
 SPLITS = ("train", "validation")
@@ -70,6 +63,7 @@ class ReadPartition:
             finish_documents(part, [shard])
         Signatures.concatenate(signatures).save(part / "signatures.npz")
         np.save(part / "rows.npy", np.array(rows, np.int64).reshape(-1, 2))
+        sync_tree(part)
         return {"read": read, "documents": len(rows), **account.plain()}
 
 
@@ -166,6 +160,9 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
     signatures = Signatures.concatenate([Signatures.load(folder / "signatures.npz") for folder in folders])
     clusters = find_clusters(signatures, config.dedupe)
     clusters.book(signatures, account)
+    ids, times = np.unique(signatures.ids[~clusters.dropped], return_counts=True)
+    if len(times) and times.max() > 1:
+        raise UserError(f"document id {ids[times.argmax()].decode()} occurs twice in corpus {name}; ids must be unique")
     side = np.where(side == UNDECIDED, validation_side(clusters.cluster, corpus.validation_fraction), side)
     side[clusters.dropped] = DROPPED
 
@@ -177,12 +174,16 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
         of_split = np.flatnonzero(side == number)
         if not len(of_split):
             hint = " or raise corpus.validation_fraction" if split == "validation" else ""
-            raise UserError(
-                f"corpus {name} has no {split} document; {account.summary() or f'add documents{hint}'}"
-            )
+            raise UserError(f"corpus {name} has no {split} document; {account.summary() or f'add documents{hint}'}")
         np.save(plan / f"{split}.npy", of_split)
         tasks += [{"split": split, **cut} for cut in cut_by_bytes(size[of_split], config.data.shard_bytes)]
-    return {"account": account.plain(), "duplicates": int(clusters.dropped.sum()), "tasks": tasks}
+    sync_tree(plan)
+    return {
+        "account": account.plain(),
+        "duplicates": int(clusters.dropped.sum()),
+        "uncompared": clusters.num_uncompared,
+        "tasks": tasks,
+    }
 
 
 def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any], work: Path, out: Path) -> None:
@@ -220,6 +221,7 @@ def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any],
         "read": read,
         **{split: {"documents": documents} for split, documents in written.items()},
         "left_out": left_out,
+        "uncompared": plan["uncompared"],
         **account.plain(),
         "partitions": parts[1:],
     }
