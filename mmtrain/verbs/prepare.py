@@ -23,11 +23,10 @@ from mmtrain.retrieval import build_neighbours
 from mmtrain.shards import DocumentShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
 from mmtrain.train.run import Artifacts
-from mmtrain.verbs.build import build_documents
+from mmtrain.verbs.build import SPLITS, build_documents
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.tokenize import run_vocabulary, tokenize_documents
 
-SPLITS = ("train", "validation")
 HELD_OUT_PICTURES = 256
 FORMAT = 3  # raise when the same config gives other bytes
 MIX = "mix"  # the folder under data_dir of the tokenizers that several sources share

@@ -6,9 +6,8 @@ from pathlib import Path
 from mmtrain.config import Config, UserError
 from mmtrain.shards import Manifest, ShardInfo, broken_seal, find_fault, manifest_faults, repeated_ids
 from mmtrain.track import closing_box
+from mmtrain.verbs.build import SPLITS
 from mmtrain.verbs.partitions import Result, Task, run_partitions
-
-SPLITS = ("train", "validation")
 
 
 def main(config: Config, words: list[str]) -> int:

@@ -61,7 +61,7 @@ def kill_at(event_number: int) -> None:
 
 
 def test_killed_at_many_moments_it_ends_with_the_bytes_of_an_undisturbed_build(
-    tars: Path, undisturbed: Path, tmp_path: Path
+    tars: Path, undisturbed: Path, tmp_path: Path, capfd
 ) -> None:
     # The tokenizers hold how long their training took: they are taken over, and not what is looked at here.
     for path in (undisturbed / "data" / "img2dataset").glob("[ti][em]*-*"):
@@ -81,6 +81,7 @@ def test_killed_at_many_moments_it_ends_with_the_bytes_of_an_undisturbed_build(
         assert os.WTERMSIG(status) == signal.SIGKILL
         kills += 1
     assert kills >= 6
+    assert f"reading img2dataset: {NUM_TARS} of {NUM_TARS} partitions were done before" in capfd.readouterr().out
     assert artifacts(tmp_path) == artifacts(undisturbed)
 
 
