@@ -202,6 +202,7 @@ def test_a_killed_or_crashing_process_is_a_sentence_and_what_is_done_is_kept(tmp
     with pytest.raises(UserError, match=r'ZeroDivisionError \(nothing\) in the partition {"crash": true}'):
         run_partitions(fail, [{}, {"crash": True}], tmp_path, "test", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["000000.json"]
+    assert run_partitions(fail, [{"crash": True}, {}], tmp_path, "test", 1) == [{"documents": 1}] * 2  # not run again
 
 
 FILES = ["*.tar", "*.index.npz", "manifest.json", "facts.json", "flops.json", "vocabulary.json", "checksums.json"]
