@@ -27,7 +27,7 @@ def verify(folder: Path) -> None:
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
-    faults = (find_fault(folder, number) for number in range(len(manifest.shards)))
+    faults = (find_fault(folder, manifest.kind, shard) for shard in manifest.shards)
     for fault in (*manifest_faults(folder), *filter(None, faults), *repeated_ids(folder)):
         raise UserError(f"{fault}; {AGAIN}")
 
@@ -68,17 +68,15 @@ def manifest_faults(folder: Path) -> Iterator[str]:
             yield f"the manifest of {folder} is damaged (type {manifest.dtype})"
 
 
-def find_fault(folder: Path, number: int) -> str:
-    """What is wrong with a shard and its index, as a clause that names the file; "" when all is well."""
-    manifest = Manifest.load(folder)
-    shard = manifest.shards[number]
+def find_fault(folder: Path, kind: str, shard: ShardInfo) -> str:
+    """What is wrong with a shard of a kind and its index, as a clause that names the file; "" when all is well."""
     try:
         for name, expected in ((shard.name, shard.sha256), (index_name(shard.name), shard.index_sha256)):
             if not (folder / name).is_file():
                 return f"shard file {folder / name} is missing"
             if _sha256(folder / name) != expected:
                 return f"shard file {folder / name} was changed (its SHA-256 differs)"
-        vocabulary = Vocabulary.load(folder / VOCABULARY) if manifest.kind == TOKENS else None
+        vocabulary = Vocabulary.load(folder / VOCABULARY) if kind == TOKENS else None
         index = load_index(folder / index_name(shard.name), shard.bytes, shard.documents)
         fault = _fault(folder / shard.name, shard, index, vocabulary)
     except (UserError, OSError, ValueError, tarfile.TarError) as error:

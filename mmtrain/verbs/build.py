@@ -17,19 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.config import CleanConfig, Config, CorpusConfig, UserError, write_text_atomic
+from mmtrain.config import CleanConfig, Config, CorpusConfig, UserError, sync_tree, write_text_atomic
 from mmtrain.documents import Account, Document, judge, open_corpus
 from mmtrain.documents.cleaning import clean, drop_pictures
 from mmtrain.documents.clusters import find_clusters, validation_side
 from mmtrain.documents.signatures import Signatures, sign
-from mmtrain.shards import (
-    DocumentShards,
-    ShardInfo,
-    content_bytes,
-    finish_documents,
-    seal,
-    write_document_shard,
-)
+from mmtrain.shards import DocumentShards, ShardInfo, content_bytes, finish_documents, seal, write_document_shard
 from mmtrain.verbs.partitions import Result, Task, run_partitions
 
 SPLITS = ("train", "validation")
@@ -52,25 +45,28 @@ class ReadPartition:
         account = Account(self.corpus.on_bad)
         signatures: list[Signatures] = []
         rows: list[tuple[int, int]] = []
-        read = 0
+        read = cleaned = 0
 
-        def cleaned() -> Iterator[Document]:
-            nonlocal read
+        def kept_documents() -> Iterator[Document]:
+            nonlocal read, cleaned
             for document in open_corpus(self.corpus, self.cache).documents(task["partition"], account):
                 read += 1
                 kept = clean(document, self.clean, account)
-                if kept is not None:
-                    side = kept.meta.get("split")
-                    rows.append((content_bytes(kept), SPLITS.index(side) if side in SPLITS else UNDECIDED))
-                    signatures.append(sign(kept))
-                    yield kept
+                if kept is None:
+                    cleaned += 1
+                    continue
+                side = kept.meta.get("split")
+                rows.append((content_bytes(kept), SPLITS.index(side) if side in SPLITS else UNDECIDED))
+                signatures.append(sign(kept))
+                yield kept
 
-        shard = write_document_shard(part, 0, islice(cleaned(), task["limit"] or None))
+        shard = write_document_shard(part, 0, islice(kept_documents(), task["limit"] or None))
         if rows:
             finish_documents(part, [shard])
         Signatures.concatenate(signatures).save(part / "signatures.npz")
         np.save(part / "rows.npy", np.array(rows, np.int64).reshape(-1, 2))
-        return {"read": read, "documents": len(rows), **account.plain()}
+        sync_tree(part)
+        return {"read": read, "cleaned": cleaned, "documents": shard.documents, **account.plain()}
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,10 @@ class WriteShard:
         start = np.load(self.plan / "start.npy")
         common = frozenset(json.loads((self.plan / "common.json").read_text()))
         account = Account()
+        emptied = 0
 
         def documents() -> Iterator[Document]:
+            nonlocal emptied
             shards, opened = None, -1
             for number, part in zip(numbers.tolist(), part_of(numbers, start).tolist(), strict=True):
                 if part != opened:
@@ -99,11 +97,18 @@ class WriteShard:
                 assert shards is not None
                 document = shards[number - int(start[part])]
                 kept = drop_pictures(document, common, account) if common else document
-                if kept is not None:
+                if kept is None:
+                    emptied += 1
+                else:
                     yield replace(kept, meta=kept.meta | {"cluster": int(cluster[number])})
 
         shard = write_document_shard(self.out / task["split"], task["number"], documents())
-        return {"shard": asdict(shard), "documents": shard.documents, "account": account.plain()}
+        return {
+            "shard": asdict(shard),
+            "documents": shard.documents,
+            "emptied": emptied,
+            "account": account.plain(),
+        }
 
 
 def build_documents(config: Config, name: str, out: Path) -> None:
@@ -141,7 +146,7 @@ def _read(config: Config, name: str, work: Path) -> list[Result]:
     if corpus.max_documents and beyond > 0:  # the last part once more, and only what of it fits
         last = {**tasks[len(parts) - 1], "limit": parts[-1]["documents"] - beyond}
         parts[-1:] = run_partitions(read, [last], work / "read-last", label, processes)
-    return [{"read": 0, "documents": 0, **listed["account"]}, *parts]
+    return [{"read": 0, "cleaned": 0, "documents": 0, **listed["account"]}, *parts]
 
 
 def _planned(config: Config, name: str, parts: list[Result], work: Path) -> dict[str, Any]:
@@ -166,6 +171,9 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
     signatures = Signatures.concatenate([Signatures.load(folder / "signatures.npz") for folder in folders])
     clusters = find_clusters(signatures, config.dedupe)
     clusters.book(signatures, account)
+    ids, times = np.unique(signatures.ids[~clusters.dropped], return_counts=True)
+    if len(times) and times.max() > 1:
+        raise UserError(f"document id {ids[times.argmax()].decode()} occurs twice in corpus {name}; ids must be unique")
     side = np.where(side == UNDECIDED, validation_side(clusters.cluster, corpus.validation_fraction), side)
     side[clusters.dropped] = DROPPED
 
@@ -177,12 +185,16 @@ def _plan(config: Config, name: str, parts: list[Result], work: Path) -> dict[st
         of_split = np.flatnonzero(side == number)
         if not len(of_split):
             hint = " or raise corpus.validation_fraction" if split == "validation" else ""
-            raise UserError(
-                f"corpus {name} has no {split} document; {account.summary() or f'add documents{hint}'}"
-            )
+            raise UserError(f"corpus {name} has no {split} document; {account.summary() or f'add documents{hint}'}")
         np.save(plan / f"{split}.npy", of_split)
         tasks += [{"split": split, **cut} for cut in cut_by_bytes(size[of_split], config.data.shard_bytes)]
-    return {"account": account.plain(), "duplicates": int(clusters.dropped.sum()), "tasks": tasks}
+    sync_tree(plan)
+    return {
+        "account": account.plain(),
+        "duplicates": int(clusters.dropped.sum()),
+        "uncompared": clusters.num_uncompared,
+        "tasks": tasks,
+    }
 
 
 def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any], work: Path, out: Path) -> None:
@@ -204,9 +216,9 @@ def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any],
 
     read = sum(part["read"] for part in parts)
     left_out = {
-        "cleaned": read - sum(part["documents"] for part in parts),
+        "cleaned": sum(part["cleaned"] for part in parts),
         "duplicates": plan["duplicates"],
-        "emptied": sum(task["stop"] - task["first"] for task in tasks) - sum(result["documents"] for result in results),
+        "emptied": sum(result["emptied"] for result in results),
     }
     if read != sum(written.values()) + sum(left_out.values()):
         raise UserError(
@@ -220,6 +232,7 @@ def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any],
         "read": read,
         **{split: {"documents": documents} for split, documents in written.items()},
         "left_out": left_out,
+        "uncompared": plan["uncompared"],
         **account.plain(),
         "partitions": parts[1:],
     }

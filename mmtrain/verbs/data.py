@@ -13,8 +13,8 @@ from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose
 from mmtrain.shards import Manifest, TokenShards
 from mmtrain.track import closing_box
+from mmtrain.verbs.build import SPLITS
 
-SPLITS = ("train", "validation")
 STEPS = ("build", "tokenize")
 LOOKS = ("verify", "inspect", "stats", "browse")
 """Subverbs in modules of their own, `main(config, words) -> int`; words are what is no setting."""

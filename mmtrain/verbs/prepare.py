@@ -23,11 +23,10 @@ from mmtrain.retrieval import build_neighbours
 from mmtrain.shards import DocumentShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
 from mmtrain.train.run import Artifacts
-from mmtrain.verbs.build import build_documents
+from mmtrain.verbs.build import SPLITS, build_documents
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.tokenize import run_vocabulary, tokenize_documents
 
-SPLITS = ("train", "validation")
 HELD_OUT_PICTURES = 256
 FORMAT = 3  # raise when the same config gives other bytes
 MIX = "mix"  # the folder under data_dir of the tokenizers that several sources share
@@ -49,7 +48,7 @@ def prepare_documents(config: Config) -> dict[str, Path]:
     folders = {}
     for name, corpus in config.sources.items():
         settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
-        settings |= {key: _path_fingerprint(settings[key]) for key in ("path", "image_folder") if settings[key]}
+        settings |= {key: _path_fingerprint(key, settings[key]) for key in ("path", "image_folder") if settings[key]}
         key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
         final = _folder(config, name, "documents", key)
         for other in final.parent.glob(".documents-*.partial"):
@@ -191,11 +190,12 @@ def _folder(config: Config, name: str, stage: str, key: str) -> Path:
     return Path(config.data_dir) / name / f"{stage}-{key}"
 
 
-def _path_fingerprint(path: str) -> str:
+def _path_fingerprint(key: str, path: str) -> str:
     """Identity of the user's data: names, sizes and times of the files in a folder; of a table, the table's own."""
     root = Path(path)
     if not root.exists():
-        raise UserError(f"corpus.path={path} does not exist; give a folder of pictures or tars, or a captions file")
+        what = "a folder of pictures or tars, or a captions file" if key == "path" else "a folder of pictures"
+        raise UserError(f"corpus.{key}={path} does not exist; give {what}")
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     return fingerprint(str(root.resolve()), [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 

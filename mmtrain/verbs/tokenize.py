@@ -16,9 +16,9 @@ from mmtrain.config import Config
 from mmtrain.documents import Document, decode_square
 from mmtrain.shards import DocumentShards, ShardInfo, finish_tokens, seal, write_token_shard
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, TokenDocument, Vocabulary, document_to_tokens
+from mmtrain.verbs.build import SPLITS
 from mmtrain.verbs.partitions import Result, Task, run_partitions
 
-SPLITS = ("train", "validation")
 # Documents, and pictures, that are encoded together: enough for a GPU, few enough for memory. The codes of a picture
 # may depend on the size of its batch (other kernels round otherwise), so both are fixed.
 BATCH = 256

@@ -1,13 +1,13 @@
 """`mmtrain data verify`: every byte of a corpus's documents and tokens against what was written."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from mmtrain.config import Config, UserError
-from mmtrain.shards import Manifest, broken_seal, find_fault, manifest_faults, repeated_ids
+from mmtrain.shards import Manifest, ShardInfo, broken_seal, find_fault, manifest_faults, repeated_ids
 from mmtrain.track import closing_box
+from mmtrain.verbs.build import SPLITS
 from mmtrain.verbs.partitions import Result, Task, run_partitions
-
-SPLITS = ("train", "validation")
 
 
 def main(config: Config, words: list[str]) -> int:
@@ -30,11 +30,11 @@ def main(config: Config, words: list[str]) -> int:
         for folder in (artifact / split for split in SPLITS):
             try:
                 faults += [*manifest_faults(folder), *repeated_ids(folder)]
-                numbers = range(len(Manifest.load(folder).shards))
+                manifest = Manifest.load(folder)
             except UserError as error:
                 faults.append(str(error))
             else:
-                tasks += [{"folder": str(folder), "number": number} for number in numbers]
+                tasks += [{"folder": str(folder), "kind": manifest.kind, **asdict(s)} for s in manifest.shards]
     results = run_partitions(check_shard, tasks, None, "verifying", config.data.processes)
     faults += [result["fault"] for result in results if result["fault"]]
     for fault in faults:
@@ -47,6 +47,6 @@ def main(config: Config, words: list[str]) -> int:
 
 
 def check_shard(task: Task) -> Result:
-    """Work: one shard; its fault, or "", and how many documents the manifest says."""
-    folder, number = Path(task["folder"]), task["number"]
-    return {"fault": find_fault(folder, number), "documents": Manifest.load(folder).shards[number].documents}
+    """Work: one shard; its fault, or "", and how many documents it should hold."""
+    shard = ShardInfo(**{key: value for key, value in task.items() if key not in ("folder", "kind")})
+    return {"fault": find_fault(Path(task["folder"]), task["kind"], shard), "documents": shard.documents}

@@ -10,7 +10,8 @@ from mmtrain.train.run import Artifacts
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     folders = {}
-    for name in ("stamps/documents-1", "stamps/tokens-1", "web/documents-2", "web/tokens-2", "mix/text-3", "mix/image-3"):
+    by_source = ("stamps/documents-1", "stamps/tokens-1", "web/documents-2", "web/tokens-2")
+    for name in (*by_source, "mix/text-3", "mix/image-3"):
         folders[name] = tmp_path / "data" / name
         folders[name].mkdir(parents=True)
     for name, flops in (("stamps/tokens-1", 5), ("web/tokens-2", 7)):
