@@ -62,7 +62,17 @@ def _name_conflicts(config: Config) -> Iterator[str]:
     for key, name in (("name", config.name), ("corpus.name", config.corpus.name)):
         if not SAFE_NAME.fullmatch(name):
             yield f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
-    if config.corpus.kind == "pairs" and not config.corpus.path:
+    for name, corpus in config.sources.items():
+        if not corpus.tokens:
+            continue
+        if not (config.text_tokenizer.path and config.image_tokenizer.path):
+            yield (
+                f"corpus {name} gives ready token shards (tokens={corpus.tokens}); set text_tokenizer.path and "
+                "image_tokenizer.path to the tokenizers that made them"
+            )
+        if "?" in corpus.tokens or "@" in corpus.tokens.partition("://")[2].partition("/")[0]:
+            yield f"tokens of corpus {name} hold a password or a signature, and configurations are saved; leave it out"
+    if config.corpus.kind == "pairs" and not (config.corpus.path or config.corpus.tokens):
         yield (
             "corpus.path is empty, and corpus=pairs needs it; set corpus.path=FOLDER (pictures with .txt beside them) "
             "or corpus.path=captions.jsonl or corpus.path=captions.csv"
@@ -76,7 +86,7 @@ def _name_conflicts(config: Config) -> Iterator[str]:
                 f"mix.{name}={share} is no share of the tokens; give a number above 0, or numbers by step such as "
                 "{0:3,5000:1}"
             )
-    if config.corpus.kind == "img2dataset" and not config.corpus.path:
+    if config.corpus.kind == "img2dataset" and not (config.corpus.path or config.corpus.tokens):
         yield "corpus.path is empty, and corpus=img2dataset needs it; set corpus.path to a folder of tars or to one tar"
 
 

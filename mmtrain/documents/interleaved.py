@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.config import CorpusConfig
-from mmtrain.documents.corpus import Account
+from mmtrain.documents.corpus import Account, printable
 from mmtrain.documents.document import Document, Image
 from mmtrain.documents.images import BadImage, image_from_bytes
 
@@ -36,9 +36,11 @@ def interleaved_document(
 
     Bad pictures are counted in `account`; corpus.on_bad says whether the document goes on without them
     (drop_image) or is left out (skip). Texts that then follow one another become one, a blank line between them.
-    A document may well be all text or all pictures. One of more than LARGEST_DOCUMENT_BYTES of pictures is damage.
+    A document may well be all text or all pictures. meta["pictures"] names the pictures in order, for rules that look
+    at names and URLs. A document of more than LARGEST_DOCUMENT_BYTES of pictures is damage.
     """
     segments: list[list[str] | Image] = []
+    names: list[str] = []
     num_bad = num_bytes = 0
     for part in parts:
         if isinstance(part, Picture):
@@ -50,6 +52,7 @@ def interleaved_document(
                     account.spoil("document too large", document_id)
                     return None
                 segments.append(image_from_bytes(part.data, config.max_pixels))
+                names.append(printable(part.name))
             except BadImage as error:
                 account.spoil(error.reason, part.name)
                 num_bad += 1
@@ -66,4 +69,4 @@ def interleaved_document(
         account.skip("empty document", document_id)
         return None
     joined = ("\n\n".join(segment) if isinstance(segment, list) else segment for segment in segments)
-    return Document(document_id, source, tuple(joined), meta)
+    return Document(document_id, source, tuple(joined), meta | ({"pictures": names} if names else {}))

@@ -7,6 +7,7 @@ reach the file system.
 
 from mmtrain.shards.manifest import Manifest, ShardInfo
 from mmtrain.shards.reader import DocumentShards, TokenShards
+from mmtrain.shards.store import join_location, mirror, open_store
 from mmtrain.shards.verify import broken_seal, find_fault, manifest_faults, repeated_ids, seal, verify
 from mmtrain.shards.writer import (
     content_bytes,
@@ -28,7 +29,10 @@ __all__ = [
     "find_fault",
     "finish_documents",
     "finish_tokens",
+    "join_location",
     "manifest_faults",
+    "mirror",
+    "open_store",
     "repeated_ids",
     "seal",
     "verify",

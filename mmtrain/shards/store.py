@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
 import threading
@@ -29,6 +30,9 @@ File = tuple[str, int, str]
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 """What fsspec needs for each scheme."""
+
+MIRRORED = "location.json"
+"""In a local folder: the URL that it stands for."""
 
 _CHUNK_BYTES = 16 << 20  # of an object store: one request each
 _UNVERSIONED_BYTES = 512 << 20  # largest manifest; one of 10^5 shards has 34 MB
@@ -100,10 +104,16 @@ def open_store(location: str | Path, config: StoreConfig) -> Store:
             f"({', '.join(config.schemes)}); give a folder or a plain URL of these"
         )
     if scheme == "file":
-        return _Folder(Path(unquote(urlsplit(text).path)) if match else Path(text))
+        folder = Path(unquote(urlsplit(text).path)) if match else Path(text)
+        return _Mirror(folder, config) if (folder / MIRRORED).is_file() else _Folder(folder)
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         raise UserError(f"reading {scheme}:// needs {PACKAGES[scheme]}; run: pip install {PACKAGES[scheme]}")
     return _Remote(scheme, text, config)
+
+
+def join_location(location: str | Path, name: str) -> str:
+    """The folder `name` inside a folder or URL."""
+    return f"{str(location).rstrip('/')}/{name}"
 
 
 def redacted(url: str) -> str:
@@ -134,6 +144,46 @@ class _Folder(Store):
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except OSError as error:
             raise UserError(f"cannot read the folder {self.folder} ({error.strerror}); give another one") from error
+
+
+def mirror(folder: Path, location: str, files: Iterable[str], config: StoreConfig) -> None:
+    """Make `folder` stand for a URL: these files are copied now and belong to the folder, all others stay there.
+
+    With the manifest among them, what is fetched later is what was there now, or refused. Raises UserError.
+    """
+    remote = open_store(location, config)
+    folder.mkdir(parents=True)
+    for name in files:
+        with remote.open(name) as file:
+            (folder / name).write_bytes(file.read())
+    (folder / MIRRORED).write_text(json.dumps({"location": location}))
+
+
+class _Mirror(Store):
+    """A local folder with some of the files of a URL, as `mirror` made it."""
+
+    def __init__(self, folder: Path, config: StoreConfig) -> None:
+        try:
+            location = json.loads((folder / MIRRORED).read_text())["location"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {folder / MIRRORED} ({error}); delete {folder} and prepare again") from error
+        self._folder, self._remote = _Folder(folder), open_store(location, config)
+        self.location = self._remote.location
+
+    @property
+    def counts(self) -> StoreCounts:  # type: ignore[override]
+        return self._remote.counts
+
+    def fetch(self, name: str, num_bytes: int | None = None, sha256: str | None = None) -> Path:
+        own = self._folder.fetch(name)
+        return own if own.is_file() else self._remote.fetch(name, num_bytes, sha256)
+
+    def open(self, name: str, num_bytes: int | None = None, sha256: str | None = None) -> BinaryIO:
+        own = self._folder.fetch(name)
+        return open(own, "rb") if own.is_file() else self._remote.open(name, num_bytes, sha256)
+
+    def prefetch(self, files: Iterable[File]) -> None:
+        self._remote.prefetch(files)
 
 
 class _Remote(Store):

@@ -18,7 +18,7 @@ from mmtrain.config.compose import load_frozen
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, count_parameters, num_positions
 from mmtrain.retrieval import Neighbours
-from mmtrain.shards import TokenShards
+from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
@@ -122,14 +122,18 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
 
 def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, split: str) -> Stream:
     """The stream of a split; retrieved documents come from the training split of their source."""
+
+    def tokens(folder: Path) -> TokenShards:
+        return TokenShards(folder, open_store(folder, config.store))
+
     sources = []
     for name, folder in artifacts.tokens.items():
         neighbours, memory = None, None
         if name in artifacts.neighbours:
-            neighbours, memory = Neighbours(artifacts.neighbours[name] / split), TokenShards(folder / "train")
-        share = config.mix.get(name)
-        weight = float(share) if isinstance(share, (int, float)) else 1.0
-        sources.append(Source(name, TokenShards(folder / split), weight, neighbours, memory))
+            neighbours, memory = Neighbours(artifacts.neighbours[name] / split), tokens(folder / "train")
+        share = config.mix.get(name, 1.0)
+        weight = {int(step): float(x) for step, x in share.items()} if isinstance(share, dict) else float(share)
+        sources.append(Source(name, tokens(folder / split), weight, neighbours, memory))
     retrieval = config.retrieval if config.retrieval.enabled else None
     return Stream(sources, vocabulary, config.stream, config.objective, retrieval, config.seed)
 

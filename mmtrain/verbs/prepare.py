@@ -20,7 +20,8 @@ import numpy as np
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
 from mmtrain.documents import Account, Document, decode_square, judge
 from mmtrain.retrieval import build_neighbours
-from mmtrain.shards import DocumentShards
+from mmtrain.shards import DocumentShards, Manifest, join_location, mirror, open_store
+from mmtrain.shards.manifest import MANIFEST, VOCABULARY
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
 from mmtrain.train.run import Artifacts
 from mmtrain.verbs.build import SPLITS, build_documents
@@ -44,9 +45,11 @@ def prepare(config: Config) -> Artifacts:
 
 
 def prepare_documents(config: Config) -> dict[str, Path]:
-    """Document shards of each source, split into train and validation."""
+    """Document shards of each source, split into train and validation; none of sources whose tokens are ready."""
     folders = {}
     for name, corpus in config.sources.items():
+        if corpus.tokens:
+            continue
         settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
         settings |= {key: _path_fingerprint(key, settings[key]) for key in ("path", "image_folder") if settings[key]}
         key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
@@ -126,7 +129,11 @@ def prepare_tokens(config: Config, documents: dict[str, Path], text: Path, image
     vocabulary = run_vocabulary(config, text_tokenizer, image_tokenizer)
     fingerprints = (text_tokenizer.fingerprint, image_tokenizer.fingerprint, vocabulary.fingerprint)
     folders = {}
-    for name, folder in documents.items():
+    for name, corpus in config.sources.items():
+        if corpus.tokens:
+            folders[name] = _ready_tokens(config, name, corpus.tokens, fingerprints)
+            continue
+        folder = documents[name]
         key = fingerprint(FORMAT, folder.name, *fingerprints, config.data.shard_documents)
         folders[name] = _timed(
             f"token shards of {name}",
@@ -135,6 +142,28 @@ def prepare_tokens(config: Config, documents: dict[str, Path], text: Path, image
             resumable=True,
         )
     return folders
+
+
+def _ready_tokens(config: Config, name: str, location: str, fingerprints: tuple[str, str, str]) -> Path:
+    """A folder that stands for token shards elsewhere, made by these tokenizers (text, image) for this vocabulary."""
+
+    def build(out: Path) -> None:
+        for split in SPLITS:
+            mirror(out / split, join_location(location, split), (MANIFEST, VOCABULARY), config.store)
+            made_by = Manifest.load(out / split).fingerprints
+            for kind, mine in zip(("text", "image", "vocabulary"), fingerprints, strict=True):
+                if made_by.get(kind) != mine:
+                    raise UserError(
+                        f"the token shards {location} were made with another {kind} ({made_by.get(kind)}) than this "
+                        f"run's ({mine}); set text_tokenizer.path, image_tokenizer.path and objective.num_sentinels "
+                        "as they were"
+                    )
+        store = open_store(location, config.store)
+        for file_name in ("flops.json", VOCABULARY):
+            with store.open(file_name) as file:
+                (out / file_name).write_bytes(file.read())
+
+    return _timed(f"token shards of {name}", _folder(config, name, "tokens", fingerprint(FORMAT, location)), build)
 
 
 def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, Path]:
@@ -183,7 +212,7 @@ def _names(documents: dict[str, Path]) -> Any:
 
 def _corpus_name(documents: dict[str, Path]) -> str:
     """The folder of what belongs to all sources together."""
-    return next(iter(documents)) if len(documents) == 1 else MIX
+    return next(iter(documents)) if len(documents) == 1 else MIX  # also where no source has documents
 
 
 def _folder(config: Config, name: str, stage: str, key: str) -> Path:

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
 
 def collect(run: TrainedRun) -> ReportData:
     """Everything the page shows."""
-    held_out = [d for d in run.held_out(4 * NUM_DOCUMENTS) if d.texts and d.images][:NUM_DOCUMENTS]
+    documents = run.held_out(4 * NUM_DOCUMENTS) if run.artifacts.main in run.artifacts.documents else []
+    held_out = [document for document in documents if document.texts and document.images][:NUM_DOCUMENTS]
     generated, captions = sample(run, held_out)
     ledger = json.loads((run.folder / "ledger.json").read_text())
     metrics = read_metrics(run.folder / "metrics.jsonl")
@@ -114,9 +115,9 @@ def corpus_facts(run: TrainedRun) -> list[tuple[str, Any]]:
 
 def neighbours(run: TrainedRun, documents: list[Document]) -> list[tuple[Document, list[tuple[Document, float]]]]:
     """Held-out documents with what was retrieved for them."""
-    if not run.artifacts.neighbours:
-        return []
     name = run.artifacts.main
+    if name not in run.artifacts.neighbours:
+        return []
     memory = DocumentShards(run.artifacts.documents[name] / "train")
     found = Neighbours(run.artifacts.neighbours[name] / "validation")
     positions = {document.id: i for i, document in enumerate(run.held_out(len(found)))}
