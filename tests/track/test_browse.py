@@ -192,12 +192,20 @@ class Browser:
         message = {"id": self.sent, "method": method, "params": params, **self.session}
         os.write(self.writing, json.dumps(message).encode() + b"\0")
         while True:
-            reply = json.loads(b"".join(iter(lambda: self.replies.read(1), b"\0")))
+            reply = json.loads(self._message())
             if reply.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
                 self.complaints.append(reply["params"])
             if reply.get("id") == self.sent:
                 assert "error" not in reply, reply
                 return reply["result"]
+
+    def _message(self):
+        message = b""
+        while not message.endswith(b"\0"):
+            byte = self.replies.read(1)
+            assert byte, "chromium has ended"
+            message += byte
+        return message[:-1]
 
     def open(self, url):
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]

@@ -9,7 +9,7 @@ import pytest
 from mmtrain.documents import Document, Image
 from mmtrain.shards import DocumentShards, TokenShards, write_documents, write_tokens
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
-from mmtrain.track.statistics import corpus_statistics, distribution, histogram, left_out
+from mmtrain.track.statistics import code_usage, corpus_statistics, distribution, histogram, left_out
 
 VOCABULARY = Vocabulary(text_size=300, image_codes=8, num_sentinels=4)
 
@@ -78,11 +78,12 @@ def test_code_usage_is_that_of_two_equally_frequent_codes(found):
     assert found["splits"]["validation"]["tokens"]["codes"] is None
 
 
-def test_code_usage_does_not_depend_on_how_much_is_read_at_once(found, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmtrain.track.statistics.TOKENS_AT_ONCE", 1)
-    from mmtrain.track.statistics import code_usage
-
-    assert code_usage(TokenShards(tmp_path / "tokens/train")) == found["splits"]["train"]["tokens"]["codes"]
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 22])
+def test_code_usage_does_not_depend_on_how_much_is_read_at_once(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("mmtrain.track.statistics.TOKENS_AT_ONCE", at_once)
+    ids = [tokens(f"d{code}", 1, [code] * 3) for code in range(7)]
+    write_tokens(tmp_path, ids, VOCABULARY, "t", "i", shard_documents=3)
+    assert code_usage(TokenShards(tmp_path)) == {"used": 7, "size": 8, "perplexity": pytest.approx(7)}
 
 
 def test_clusters_are_counted_over_the_splits_and_leaks_are_seen(found):

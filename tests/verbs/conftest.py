@@ -1,4 +1,4 @@
-"""A corpus of several partitions, and the command line as a process that can be killed."""
+"""A corpus of several partitions with the command line that prepares it, and a small prepared corpus to look at."""
 
 import io
 import os
@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from mmtrain import cli
+from mmtrain.config import Config
+from mmtrain.config.compose import compose
+from mmtrain.verbs.prepared import PreparedCorpus, open_corpus
 
 NUM_TARS, SAMPLES_PER_TAR = 5, 8
 # The smoke experiment is for shapes; its sizes serve here.
@@ -65,3 +68,11 @@ def undisturbed(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("undisturbed")
     assert data("data.processes=1", path=tars, cwd=cwd) == 0
     return cwd
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, PreparedCorpus]:
+    """64 training and 16 validation scenes with tokens and neighbours, and their configuration."""
+    folder = tmp_path_factory.mktemp("data")
+    config = compose(["experiment=smoke", "image_tokenizer.steps=2", f"data_dir={folder}"])
+    return config, open_corpus(config, with_neighbours=True)
