@@ -45,9 +45,11 @@ def test_what_a_resumable_build_left_is_handed_to_the_next_one(tmp_path: Path) -
 @pytest.mark.parametrize("first_fails", [False, True])
 def test_the_second_builder_waits_for_the_first(tmp_path: Path, capsys, first_fails: bool) -> None:
     inside: list[str] = []
+    is_locked: list[bool] = []
 
     def build(partial: Path) -> None:
         inside.append("in")
+        is_locked.append((tmp_path / ".a.lock").exists())  # for a third one
         assert inside[-2:] != ["in", "in"]
         deadline = time.monotonic() + 10
         while len(inside) == 1 and "waiting for another process" not in heard() and time.monotonic() < deadline:
@@ -76,5 +78,6 @@ def test_the_second_builder_waits_for_the_first(tmp_path: Path, capsys, first_fa
     for thread in threads:
         thread.join()
     assert inside == ["in", "out"] * (2 if first_fails else 1)
+    assert all(is_locked)
     assert "waiting for another process" in heard()
     assert names(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == []
