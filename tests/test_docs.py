@@ -17,6 +17,7 @@ from mmtrain.config.override import read_override
 from mmtrain.config.suggest import known_keys, section_names
 from mmtrain.config.validate import walk
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
+from mmtrain.verbs import data
 from mmtrain.verbs.help import CONFIGURED, OF_A_RUN, VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,9 @@ def check_command(words: list[str]) -> None:
         assert set(others) <= set(options()), others
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
-    allowed |= {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}.get(verb, set())
+    parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}
+    parts["data"] = {*data.STEPS, *data.LOOKS}
+    allowed |= parts.get(verb, set())
     if verb == "flops" and others[:1] == ["show"]:
         from mmtrain.flops import load_registry
 
