@@ -8,6 +8,7 @@ overwrites. Readers hold no lock: Linux keeps a removed file until its last desc
 import errno
 import fcntl
 import os
+import time
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +41,8 @@ class Cache:
         with suppress(FileNotFoundError):
             if path.stat().st_size == num_bytes:
                 with suppress(PermissionError):  # the entry of another user
-                    os.utime(path)
+                    now = time.time_ns()  # the kernel's own time stamps are up to 10 ms behind one another
+                    os.utime(path, ns=(now, now))
                 return path
         return None
 

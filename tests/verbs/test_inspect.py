@@ -3,6 +3,7 @@
 import io
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_the_bytes_at_its_place_are_a_tar_of_the_document(shapes):
     for shards, parts in ((corpus.documents["train"], ["0.png"]), (corpus.tokens["train"], ["npy"])):
         for i in (0, 17, len(shards) - 1):
             path, offset, size = shards.place(i)
-            with tarfile.open(fileobj=io.BytesIO(path.read_bytes()[offset : offset + size]), mode="r:") as tar:
+            with tarfile.open(fileobj=io.BytesIO(Path(path).read_bytes()[offset : offset + size]), mode="r:") as tar:
                 assert tar.getnames() == [f"{shards.id(i)}.{name}" for name in ["json", *parts]]
             assert size % 512 == 0
 
@@ -113,7 +114,7 @@ def test_long_texts_and_ids_are_cut_and_say_so(stored):
 
 def test_tokens_are_found_by_id_and_their_absence_is_told(stored):
     documents, tokens, _ = stored
-    assert f"{tokens.lengths[1]:,} in 1 segments" in shown(stored, 0)
+    assert f"{len(tokens.tokens(1)):,} in 1 segments" in shown(stored, 0)
     assert "does not hold this document" in shown(stored, 2)
 
 

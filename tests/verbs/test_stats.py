@@ -17,7 +17,7 @@ def test_json_is_all_that_goes_to_standard_output(shapes, capsys):
     found = json.loads(capsys.readouterr().out)
     train = found["splits"]["train"]
     assert found["corpus"] == "shapes" and train["documents"] == train["pictures"] == 64
-    assert train["tokens"]["total"] == int(corpus.tokens["train"].lengths.sum())
+    assert train["tokens"]["total"] == int(sum(n.sum() for n in corpus.tokens["train"].lengths()))
     assert train["tokens"]["sequence_length"] == config.stream.sequence_length
     assert found["clusters"] is None or found["clusters"]["documents"] == 80
 
@@ -26,9 +26,9 @@ def test_the_table_holds_the_numbers_of_both_splits(shapes, capsys):
     config, corpus = shapes
     assert stats.main(replace(config, stream=replace(config.stream, sequence_length=60)), []) == 0
     output = capsys.readouterr().out
-    tokens = [int(corpus.tokens[split].lengths.sum()) for split in ("train", "validation")]
+    tokens = [int(sum(n.sum() for n in corpus.tokens[split].lengths())) for split in ("train", "validation")]
     assert f"{tokens[0]:,}" in output and f"{tokens[1]:,}" in output
-    fit = [int((corpus.tokens[split].lengths <= 58).sum()) for split in ("train", "validation")]
+    fit = [int(sum((n <= 58).sum() for n in corpus.tokens[split].lengths())) for split in ("train", "validation")]
     (line,) = [line for line in output.splitlines() if line.startswith("fit in a sequence of 60")]
     assert line.split()[6::2] == [str(fit[0]), str(fit[1])] and 0 < fit[0] < 64
     assert "tokens per document, validation" in output and "█" in output
