@@ -87,13 +87,13 @@ def test_omnicorpus(tmp_path, folder):
     (folder / ("e" * 64 + ".webp")).write_bytes(png(200))
     facts = {"width": 3, "aesthetic_prob": 0.5, "img_url_sha": "e" * 64}
     table = {
-        "general_metadata": [{"url": "https://a", "domain": ["a", "b"], "toxic_prob": 0.1}] * 2,
-        "images": pa.array([[None, url(1)], [url(2)]], pa.large_list(pa.large_string())),
-        "texts": [["words", None], [None]],
-        "metadata": [[None, facts], [{**facts, "img_url_sha": "../" + "e" * 64}]],
+        "general_metadata": [{"url": "https://a", "domain": ["a", "b"], "toxic_prob": 0.1}] * 3,
+        "images": pa.array([[None, url(1)], [url(2)], [url(3)]], pa.large_list(pa.large_string())),
+        "texts": [["words", None], [None], [None]],
+        "metadata": [[None, facts], [{**facts, "img_url_sha": "../" + "e" * 64}], []],
     }
     documents, account = read(write(tmp_path / "a.parquet", table), folder)
-    assert [shape(document) for document in documents] == [["words", 200], [2]]
+    assert [shape(document) for document in documents] == [["words", 200], [2], [3]]
     assert documents[0].meta["url"] == "https://a" and not account.summary()
 
 
@@ -118,10 +118,11 @@ def test_pictures_inside_interleaved_lists(tmp_path):
     table = {"texts": [["one", None], [None, None]], "images": [[None, {"bytes": png(1)}], [{"bytes": png(2)}] * 2]}
     documents, account = read(write(tmp_path / "a.parquet", table))
     assert [shape(document) for document in documents] == [["one", 1], [2, 2]] and not account.summary()
-    table["images"] = [[None, png(1)], [png(2), b"x"]]
-    documents, account = read(write(tmp_path / "a.parquet", table), on_bad="skip")
+    table["images"] = [[None, png(1)], [png(2), bytes(2**20 + 801)]]
+    documents, account = read(write(tmp_path / "a.parquet", table), on_bad="skip", max_pixels=100)
     assert [shape(document) for document in documents] == [["one", 1]]
-    assert account.bad.total() == account.skipped["document with a bad picture"] == 1
+    assert account.bad == {"picture of too many bytes": 1}
+    assert account.skipped == {"document with a bad picture": 1}
 
 
 def test_texts_alone(tmp_path):
@@ -222,6 +223,24 @@ def test_damage_anywhere_is_counted_and_never_a_crash(tmp_path):
             assert "has the columns" in str(error) and "\n" not in str(error)
         else:
             assert len(documents) == 12 or account.bad
+
+
+def test_a_footer_that_counts_too_few_rows_is_noticed(tmp_path):
+    options = {"row_group_size": 4, "store_schema": False, "write_statistics": False}
+    path = write(tmp_path / "a.parquet", {"text": [f"t{n}" for n in range(12)]}, **options)
+    content = path.read_bytes()
+    problems = set()
+    for place in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content) - 8):
+        changed = bytearray(content)
+        changed[place] = (changed[place] - 2) % 256  # one less in the numbers of the format
+        path.write_bytes(changed)
+        try:
+            documents, account = read(path)
+        except UserError:
+            continue
+        assert len(documents) == 12 or account.bad
+        problems.add(account.examples.get("damaged parquet file", "").partition(", ")[2])
+    assert "its footer counts 11 rows in all" in problems and "its footer counts 12 rows in all" in problems
 
 
 def test_a_file_that_breaks_after_its_rows_were_counted(tmp_path):
