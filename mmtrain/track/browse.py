@@ -103,7 +103,7 @@ LEGEND = (
     "Keys: <kbd>j</kbd> and <kbd>k</kbd> next and previous document, <kbd>/</kbd> search, <kbd>t</kbd> tokens, "
     "<kbd>f</kbd> fold all. The strip shows a document's segments, "
     '<span class="key text">text</span> and <span class="key image">pictures</span>, '
-    "a <code>&lt;break&gt;</code> between two of them, and a line where a sequence ends. "
+    "a <code>&lt;break&gt;</code> between two of them, and a line at every multiple of the sequence length. "
     "In the token view a block is one token, or several that only together are a character; point at it for its id. "
     "Beside a reconstruction stands its PSNR; in the map of codes, equal colors are equal codes. Pictures are scaled "
     "down for this page, and what looks like a secret is shown as [redacted]: <code>mmtrain data inspect ID</code> "

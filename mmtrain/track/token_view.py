@@ -37,7 +37,7 @@ def _is_settled(ids: Sequence[int], before: int, end: int, decode: Callable[[lis
 
 
 def strip(length: int, segments: Sequence[TokenSegment], sequence_length: int) -> str:
-    """The document as a bar, its segments in the color of their modality; a line at each sequence's end."""
+    """The document as a bar, its segments in the color of their modality; a line at every sequence_length."""
     whole = max(length, sequence_length, 1)
     bars = "".join(
         f'<rect class="{segment.kind}" x="{segment.start}" y="0" width="{segment.length}" height="10">'
