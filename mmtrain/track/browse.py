@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import BadImage, Document, Image, decode_square
-from mmtrain.tokens import ImageTokenizer, TextTokenizer, TokenSegment, Vocabulary
+from mmtrain.tokens import MODALITIES, ImageTokenizer, TextTokenizer, TokenSegment, Vocabulary
 from mmtrain.tokens.quality import psnr
 from mmtrain.track import page
 from mmtrain.track.page import key_text, text, value_text
@@ -60,7 +60,7 @@ class BrowseData:
     image: ImageTokenizer
     vocabulary: Vocabulary
     sequence_length: int
-    facts: Sequence[tuple[str, Any]] = field(default=())
+    facts: Sequence[tuple[str, Any]] = ()
 
     @property
     def allowance(self) -> int:
@@ -103,7 +103,7 @@ LEGEND = (
     "Keys: <kbd>j</kbd> and <kbd>k</kbd> next and previous document, <kbd>/</kbd> search, <kbd>t</kbd> tokens, "
     "<kbd>f</kbd> fold all. The strip shows a document's segments, "
     '<span class="key text">text</span> and <span class="key image">pictures</span>, '
-    "a <code>&lt;break&gt;</code> between two of them, and a line where a sequence ends. "
+    "a <code>&lt;break&gt;</code> between two of them, and a line at every multiple of the sequence length. "
     "In the token view a block is one token, or several that only together are a character; point at it for its id. "
     "Beside a reconstruction stands its PSNR; in the map of codes, equal colors are equal codes. Pictures are scaled "
     "down for this page, and what looks like a secret is shown as [redacted]: <code>mmtrain data inspect ID</code> "
@@ -155,9 +155,9 @@ def _blocks(shown: Shown, data: BrowseData) -> list[str]:
     local = [data.text.encode(segment) if isinstance(segment, str) else None for segment in document.segments]
     queues = {kind: [s for s in shown.segments if s.kind == kind] for kind in ("text", "image")}
     expected = {"text": sum(bool(ids) for ids in local), "image": len(document.images)}
-    fits = {kind: len(queues[kind]) == count for kind, count in expected.items()}
+    fit = {kind: len(found) for kind, found in queues.items()} == expected
     blocks = []
-    if shown.tokens is None or not all(fits.values()):
+    if shown.tokens is None or not fit or not all(_is_whole(s, shown.tokens, data.vocabulary) for s in shown.segments):
         missing = "There are no tokens of this document."
         differ = "The stored tokens have other segments than this document: they belong to another state of the corpus."
         blocks.append(f'<p class="warning">{missing if shown.tokens is None else differ}</p>')
@@ -170,6 +170,12 @@ def _blocks(shown: Shown, data: BrowseData) -> list[str]:
         else:
             blocks.append(_picture_block(segment, next(images, None), next(details, None), data))
     return blocks
+
+
+def _is_whole(segment: TokenSegment, tokens: np.ndarray, vocabulary: Vocabulary) -> bool:
+    """Whether all ids of a segment are there and of its kind."""
+    part = tokens[segment.start : segment.start + segment.length]
+    return len(part) == segment.length and bool((vocabulary.modality(part) == MODALITIES.index(segment.kind)).all())
 
 
 def _text_block(

@@ -1,14 +1,16 @@
 """Token ids as a person can look at them: pieces of text, a strip of segments, a map of image codes."""
 
+import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from mmtrain.tokens import TokenSegment
-from mmtrain.track.page import text
+from mmtrain.track.page import UNSAFE
 
 LONGEST_CHARACTER = 4  # bytes, so at most so many tokens
+UNREADABLE = "\ufffd"
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -31,11 +33,11 @@ def _is_settled(ids: Sequence[int], before: int, end: int, decode: Callable[[lis
     """Whether later tokens leave the text of ids[before:end] as it is: it does not end within a character."""
     known = decode(list(ids[before:end]))
     later = range(end + 1, min(end + LONGEST_CHARACTER, len(ids) + 1))
-    return not known.endswith("\ufffd") or all(decode(list(ids[before:stop])).startswith(known) for stop in later)
+    return not known.endswith(UNREADABLE) or all(decode(list(ids[before:stop])).startswith(known) for stop in later)
 
 
 def strip(length: int, segments: Sequence[TokenSegment], sequence_length: int) -> str:
-    """The document as a bar, its segments in the color of their modality; a line at each sequence's end."""
+    """The document as a bar, its segments in the color of their modality; a line at every sequence_length."""
     whole = max(length, sequence_length, 1)
     bars = "".join(
         f'<rect class="{segment.kind}" x="{segment.start}" y="0" width="{segment.length}" height="10">'
@@ -71,9 +73,10 @@ def code_map(grid: np.ndarray) -> np.ndarray:
 def piece_attributes(ids: Sequence[int], first: int, offset: int, decode: Callable[[list[int]], str]) -> str:
     """Attributes from which the page's script draws the pieces of a text; small, where elements would be large.
 
-    first: place of the text's first token in the document; offset: id of text token 0 in the vocabulary.
+    first: place of the text's first token in the document; offset: id of text token 0 in the vocabulary. The text must
+    be free of secrets: a line more or less would move the ids, so that nothing is redacted here.
     """
     groups = list(pieces(ids, decode))
     numbers = " ".join("+".join(str(id + offset) for id in group) for group, _ in groups)
     lines = "\n".join(piece.replace("\r", "␍").replace("\n", "↵") for _, piece in groups)
-    return f'data-first="{first}" data-ids="{numbers}" data-pieces="{text(lines, len(lines) + 1)}"'
+    return f'data-first="{first}" data-ids="{numbers}" data-pieces="{html.escape(UNSAFE.sub(UNREADABLE, lines))}"'

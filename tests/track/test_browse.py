@@ -155,8 +155,11 @@ def test_tokens_of_another_state_are_told_from_the_document(tmp_path):
     other = shown(LONG)
     source = write(tmp_path, Shown(MIXED, "train", other.tokens, other.segments)).read_text()
     assert "belong to another state of the corpus" in source and 'data-ids="' not in source
-    changed = Document("mixed", "test", ("a blue circle", *MIXED.segments[1:]), {})
     tokens = shown(MIXED)
+    for broken in (tokens.tokens[::-1].copy(), tokens.tokens[:-1]):
+        source = write(tmp_path, Shown(MIXED, "train", broken, tokens.segments)).read_text()
+        assert "belong to another state of the corpus" in source
+    changed = Document("mixed", "test", ("a blue circle", *MIXED.segments[1:]), {})
     source = write(tmp_path, Shown(changed, "train", tokens.tokens, tokens.segments)).read_text()
     assert source.count("gives other tokens for this text") == 1
     assert "no tokens of this document" in write(tmp_path, Shown(MIXED, "train")).read_text()

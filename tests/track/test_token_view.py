@@ -58,3 +58,9 @@ def test_codes_are_read_row_by_row_and_equal_ones_look_equal(length, shape):
     assert grid.shape == shape and grid.reshape(-1).tolist() == codes.tolist()
     colors = code_map(grid).reshape(-1, 3)
     assert len(np.unique(colors, axis=0)) == 5 and all((colors[i] == colors[i % 5]).all() for i in range(length))
+
+
+def test_pieces_that_look_like_a_secret_only_when_torn_apart_stay_in_line():
+    words = ["token", "=" * 20, "x"]
+    attributes = piece_attributes([0, 1, 2], 0, 6, lambda ids: "".join(words[id] for id in ids))
+    assert attributes.endswith('data-pieces="token\n====================\nx"')
