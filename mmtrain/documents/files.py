@@ -7,7 +7,7 @@ from pathlib import Path
 from mmtrain.config import CorpusConfig, UserError
 from mmtrain.documents.captioned import PICTURE_SUFFIXES, is_inside, largest_picture_bytes, relative_name
 from mmtrain.documents.corpus import Account, printable
-from mmtrain.documents.interleaved import TOO_LARGE, Picture
+from mmtrain.documents.interleaved import NOT_DOWNLOADED, TOO_LARGE, Picture
 
 UNREADABLE = "unreadable file"
 OUTSIDE = "path leaves the folder"
@@ -83,10 +83,13 @@ class PictureFolder:
         if self._root is not None and not self._root.is_dir():
             raise UserError(f"corpus.image_folder={config.image_folder} is no folder; give that of the pictures.")
 
-    def picture(self, label: str, stems: Iterable[str]) -> Picture:
-        """The file of the first stem that there is, with a suffix of pictures or as it is; `label` is for people."""
+    def picture(self, label: str, stems: Iterable[str], url: str = "") -> Picture:
+        """The file of the first stem that there is, with a suffix of pictures or as it is.
+
+        label, url: name and url of the Picture.
+        """
         if self._root is None:
-            return Picture(label, None)
+            return Picture(label, None, NOT_DOWNLOADED)
         for name in (stem + suffix for stem in stems if Path(stem).name == stem for suffix in ("", *PICTURE_SUFFIXES)):
             path = self._root / name
             try:
@@ -96,7 +99,7 @@ class PictureFolder:
                     return Picture(label, None, OUTSIDE)
                 if path.stat().st_size > self._largest_bytes:
                     return Picture(label, None, TOO_LARGE)
-                return Picture(label, path.read_bytes())
+                return Picture(label, path.read_bytes(), url=url)
             except (OSError, ValueError):  # ValueError: a NUL in the name
                 return Picture(label, None, UNREADABLE)
-        return Picture(label, None)
+        return Picture(label, None, NOT_DOWNLOADED)

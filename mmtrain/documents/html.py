@@ -146,6 +146,6 @@ def _read_picture(src: str, root: Path, page: str, largest_bytes: int) -> Pictur
     path = unquote(urlsplit(src).path, errors="surrogateescape")  # names on disk are bytes in any encoding
     path = path.lstrip("/") if path.startswith("/") else posixpath.join(posixpath.dirname(page), path)
     try:
-        return Picture(name, read_file(root, path, largest_bytes, TOO_LARGE))
+        return Picture(name, read_file(root, path, largest_bytes, TOO_LARGE), url=src[:LONGEST_NAME])
     except BadSample as error:
         return Picture(name, None, MISSING if error.reason == "missing file" else error.reason)

@@ -108,7 +108,7 @@ class Mmc4(Corpus):
             # OpenFlamingo's script writes Python's b'...'.
             text = text[2:-1] if text.startswith("b'") else text
             try:
-                return Picture(label, base64.b64decode(text, validate=True))
+                return Picture(label, base64.b64decode(text, validate=True), url=str(url or name or ""))
             except ValueError:
                 return Picture(label, None, "broken base64")
         # In OpenFlamingo's tars pictures that could not be downloaded have none, which is damage and no mistake.
@@ -119,7 +119,7 @@ class Mmc4(Corpus):
         stems = [name] if isinstance(name, str) else []
         if isinstance(url, str):
             stems.append(hashlib.sha256(url.encode("utf-8", "replace")).hexdigest())
-        return folder.picture(label, stems)
+        return folder.picture(label, stems, str(url or name or ""))
 
 
 def _find_place(content: dict[str, Any], index: int, num_sentences: int) -> int:

@@ -176,7 +176,7 @@ class Parquet(Corpus):
             if text is not None:
                 parts.append(text)
             elif stems:
-                parts.append(partial(folder.picture, label, stems[index]))
+                parts.append(partial(folder.picture, label, stems[index], str(image)))
             else:
                 parts.append(partial(self._inside, label, image))
         return parts
@@ -186,7 +186,8 @@ class Parquet(Corpus):
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is not None and len(data) > largest_picture_bytes(self.config.max_pixels):
             return Picture(label, None, TOO_LARGE)
-        return Picture(label, data)
+        path = image.get("path") if isinstance(image, dict) else None
+        return Picture(label, data, url=path if isinstance(path, str) else "")
 
 
 def _open(path: Path) -> pq.ParquetFile:

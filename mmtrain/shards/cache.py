@@ -8,8 +8,8 @@ overwrites. Readers hold no lock: Linux keeps a removed file until its last desc
 import errno
 import fcntl
 import os
-import time
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path

@@ -115,7 +115,8 @@ def test_src_is_a_url(tmp_path):
     (tmp_path / "docs/ch 1/a.htm").write_text("".join(f"<img src='{src}'>" for src in sources))
     (document,), account = read(tmp_path)
     assert [image.data for image in document.images] == [PNG] * 5 and account.summary() == ""
-    assert document.meta == {"path": "docs/ch 1/a.htm", "title": ""}
+    assert document.meta | {"path": "docs/ch 1/a.htm", "title": ""} == document.meta
+    assert document.meta["pictures"][1:3] == ["../up.png", "/top.jpg"]  # rules look at them
     assert re.fullmatch(r"my_site-[0-9a-f]{16}", document.id) and document.source == "my site"
 
 

@@ -106,7 +106,11 @@ def test_pictures_come_before_their_sentences(tmp_path, folder):
     ]
     hashed = hashlib.sha256(b"b.jsonl").hexdigest()[:16]
     assert documents[2].id == f"mmc4-{hashed}-3"
-    assert documents[2].meta == {"path": "b.jsonl:3", "url": "https://example.org"}
+    assert documents[2].meta == {
+        "path": "b.jsonl:3",
+        "url": "https://example.org",
+        "pictures": ["https://example.org/4"],
+    }
     assert not account.summary() and documents == read(tmp_path, folder)[0]
 
 
@@ -127,11 +131,11 @@ def test_tars_of_open_flamingo(tmp_path):
         ["Zero. One. Two.", 4, "Three."],
         ["Zero. One. Two. Three."],
     ]
-    bad = dict.fromkeys(["duplicate key", "path leaves the tar", "missing picture", "broken base64", "empty file"], 1)
-    assert account.bad == bad and account.skipped == {"member that is not needed": 1}
+    assert account.bad == dict.fromkeys(["duplicate key", "path leaves the tar", "broken base64", "empty file"], 1)
+    assert account.skipped == {"member that is not needed": 1, "picture that was not downloaded": 1}
     path.write_bytes(path.read_bytes()[:2000])
     documents, account = read(path)
-    assert len(documents) == 1 and account.bad == {"damaged tar": 1, "missing picture": 1}
+    assert len(documents) == 1 and account.bad == {"damaged tar": 1}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,6 @@ def test_pictures_that_cannot_be_had(tmp_path, folder):
     infos = [image(12, 0, image_name=name) for name in [*names, "large.png", "broken.png"]]
     (tmp_path / "a.jsonl").write_bytes(lines(page(*infos), page(image(1, 0))))
     expected = {
-        "missing picture": 8,
         "unreadable file": 1,
         "path leaves the folder": 1,
         "picture of too many bytes": 1,
@@ -188,10 +191,10 @@ def test_pictures_that_cannot_be_had(tmp_path, folder):
     }
     documents, account = read(tmp_path, folder, max_pixels=1000)
     assert [shape(document)[0] for document in documents] == ["Zero. One. Two. Three.", 1]
-    assert account.bad == expected
+    assert account.bad == expected and account.skipped == {"picture that was not downloaded": 8}
     documents, account = read(tmp_path, folder, max_pixels=1000, on_bad="skip")
-    assert len(documents) == 1 and account.skipped == {"document with a bad picture": 1}
-    with pytest.raises(UserError, match=r"^a.jsonl:1, ../secret.png: missing picture"):
+    assert len(documents) == 1 and account.skipped["document with a bad picture"] == 1
+    with pytest.raises(UserError, match=r"^a.jsonl:1, ../secret.png: picture that was not downloaded"):
         read(tmp_path, folder, on_bad="fail")
 
 

@@ -77,9 +77,10 @@ def test_obelics(tmp_path, folder):
     assert [document.id for document in documents] == [
         f"parquet-{hashed}-{end}" for end in ("0-0", "0-1-0", "0-1-1", "0-2", "0-3")
     ]
-    assert documents[2].meta == {"path": "a.parquet:0:1", "url": "https://1"} and documents[0].source == "table"
-    assert account.bad == {"missing picture": 1} and not account.skipped
-    assert account.examples["missing picture"] == "a.parquet:0:3, image 1"
+    found = {"path": "a.parquet:0:1", "url": "https://1", "pictures": ["https://example.org/3.jpg"]}
+    assert documents[2].meta == found and documents[0].source == "table"
+    assert account.skipped == {"picture that was not downloaded": 1} and not account.bad
+    assert account.examples["picture that was not downloaded"] == "a.parquet:0:3, image 1"
     assert documents == read(tmp_path / "a.parquet", folder)[0]
 
 

@@ -34,7 +34,7 @@ def found(tmp_path):
         Document("c", "two", (picture(5, 20, 20),), {"cluster": "y"}),
     ]
     held_out = [Document("d", "one", ("hi",), {"cluster": "y"})]
-    write_documents(tmp_path / "documents/train", documents, shard_bytes=200)
+    write_documents(tmp_path / "documents/train", documents, shard_bytes=20)
     write_documents(tmp_path / "documents/validation", held_out)
     ids = [tokens("a", 3, [0, 0, 0, 0]), tokens("b", 9, []), tokens("c", 0, [1, 1, 1, 1])]
     write_tokens(tmp_path / "tokens/train", ids, VOCABULARY, "t", "i", shard_documents=2)
