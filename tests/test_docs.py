@@ -85,7 +85,7 @@ def check_command(words: list[str]) -> None:
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
     parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}
-    parts["data"] = {*data.STEPS, *data.LOOKS}
+    parts["data"] = {*data.STEPS, *data.LOOKS, "json", "50"}
     allowed |= parts.get(verb, set())
     if verb == "flops" and others[:1] == ["show"]:
         from mmtrain.flops import load_registry

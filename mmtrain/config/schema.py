@@ -24,7 +24,7 @@ class CorpusConfig:
 
     name: str = knob("shapes", "Name of the corpus; its folder under data_dir.")
     kind: str = knob("shapes", "Reader of the corpus.", choices=("shapes", "stamps", "pairs", "img2dataset", "mmc4", "parquet", "webdataset", "html"))
-    path: str | None = knob(None, "pairs: folder of images with .txt beside them, or a captions .jsonl or .csv file. img2dataset: folder of tars, or one tar. stamps: an already extracted folder.")
+    path: str | None = knob(None, "What to read. pairs: folder of pictures with .txt beside them, or a captions .jsonl or .csv file. img2dataset, webdataset: folder of tars, or one tar. mmc4: .jsonl, .jsonl.zip, .jsonl.gz or tars. parquet: folder of tables, or one. html: folder of pages. stamps: an already extracted folder.")
     tokens: str | None = knob(None, "Folder or URL (s3://, gs://, hf://, https://) of token shards that are ready, a tokens-FINGERPRINT of `mmtrain data`, instead of a corpus to read; with the text_tokenizer.path and image_tokenizer.path that made them.")
     image_folder: str | None = knob(None, "mmc4, parquet: folder of downloaded pictures, each named by the SHA-256 of its URL (hexadecimal) or, mmc4, by its image_name.")
     debian_package: str | None = knob(None, "html: Debian package to fetch with apt-get instead of corpus.path.")
