@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from mmtrain.train.launch import check_batch
 from mmtrain.train.loop import Run, restore, train
 from mmtrain.train.run import Artifacts
 
+OTHERS_WAIT_SECONDS = 3.0
+
 
 def main() -> int:
     """Train; exit code 2 and one sentence for a user's mistake."""
@@ -50,8 +53,10 @@ def main() -> int:
     except UserError as error:
         if os.environ.get("MMTRAIN_DEBUG"):
             raise
-        if world.rank == 0:
-            print(f"mmtrain: {error}", file=sys.stderr, flush=True)
+        # What concerns all ranks is said by the first, whose end ends the others; what concerns one, by that one.
+        if world.rank:
+            time.sleep(OTHERS_WAIT_SECONDS)
+        print(f"mmtrain: {error}", file=sys.stderr, flush=True)
         code = 2
     finally:
         if run and run.tracker:

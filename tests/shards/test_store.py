@@ -8,6 +8,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,8 @@ import pytest
 
 from mmtrain.config import StoreConfig, UserError
 from mmtrain.shards import TokenShards, reader, store, write_tokens
-from mmtrain.shards.manifest import index_name, shard_name
-from mmtrain.shards.store import open_store
+from mmtrain.shards.manifest import MANIFEST, index_name, shard_name
+from mmtrain.shards.store import MIRRORED, mirror, open_store
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=300, image_codes=512, num_sentinels=4)
@@ -528,3 +529,21 @@ def test_a_hundred_thousand_shards_open_in_seconds(tmp_path, server, config):
     print(f"{seconds:.2f} s, {megabytes:.0f} MB")
     assert len(shards) == 10**9 and shards.tokens(10**9 - 1).tolist() == list(range(3, 11))
     assert seconds < 20 and megabytes < 300  # for a busy machine; alone on two cores: 1.6 s
+
+
+def test_a_mirror_keeps_the_version_that_was_there_when_it_was_made(tmp_path, server, config):
+    write(tmp_path / "tokens")
+    url = serve(server, tmp_path / "tokens")
+    folder = tmp_path / "here"
+    mirror(folder, url, (MANIFEST, "vocabulary.json"), config)
+    here = pickle.loads(pickle.dumps(TokenShards(folder, open_store(folder, config))))
+    assert same(here, TokenShards(tmp_path / "tokens")) and here.store.counts.misses > 0
+    assert sorted(path.name for path in folder.iterdir()) == [MIRRORED, MANIFEST, "vocabulary.json"]
+    shutil.rmtree(config.cache_dir)
+    server.files = {path: bytes(len(data)) for path, data in server.files.items()}
+    with pytest.raises(UserError, match="not what the manifest says"):
+        TokenShards(folder, open_store(folder, config)).tokens(0)
+    for location in ('{"location": "pipe:touch x"}', "[]", "?"):
+        (folder / MIRRORED).write_text(location)
+        with pytest.raises(UserError, match="refused|cannot read"):
+            open_store(folder, config)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mmtrain import cli
-from mmtrain.config import Config, DataConfig, ImageTokenizerConfig, TextTokenizerConfig
+from mmtrain.config import Config, DataConfig, ImageTokenizerConfig, TextTokenizerConfig, UserError
+from mmtrain.config.compose import compose
 from mmtrain.documents import Document, encode_png, image_from_bytes
 from mmtrain.shards import TokenShards, write_documents
 from mmtrain.tokens import ImageTokenizer, TextTokenizer
@@ -73,3 +74,28 @@ def test_a_corpus_without_pictures_is_a_sentence(tmp_path: Path, monkeypatch, ca
     write_documents(tmp_path / "validation", [Document("b", "test", ("words",), {})])
     with pytest.raises(prepare.UserError, match=r"no train document of texts has a picture.*image_tokenizer.path"):
         prepare.prepare_image_tokenizer(Config(data_dir=str(tmp_path / "data")), {"texts": tmp_path})
+
+
+def test_ready_token_shards_take_the_place_of_a_corpus(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    text, image = tokenizers
+    documents = [Document(f"d{number}", "test", (f"words {number}",), {}) for number in range(4)]
+    for split, some in (("train", documents[:3]), ("validation", documents[3:])):
+        write_documents(tmp_path / "documents" / split, some)
+    (tmp_path / "ready").mkdir()
+    tokenize_documents(Config(), tmp_path / "documents", text, image, tmp_path / "ready")
+    words = ["corpus=pairs", "corpus.name=ready", f"corpus.tokens={tmp_path / 'ready'}", f"corpus.image_size={SIZE}"]
+    words += ["retrieval=none", f"image_tokenizer.path={image}", f"data_dir={tmp_path / 'data'}"]
+    with pytest.raises(UserError, match="text_tokenizer.path"):
+        compose(words)
+    config = compose([*words, f"text_tokenizer.path={text / 'tokenizer.json'}"])
+    found = prepare.prepare(config)
+    assert found.documents == {} == found.neighbours and list(found.tokens) == ["ready"]
+    here, there = (TokenShards(folder / "train") for folder in (found.tokens["ready"], tmp_path / "ready"))
+    assert len(here) == 3 and here.tokens(2).tolist() == there.tokens(2).tolist()
+    assert found.flops()["image_tokenizer_encode"] == 0
+    other = tmp_path / "other.json"
+    TextTokenizer.train(["quite another text"], TextTokenizerConfig(vocab_size=260)).save(other)
+    with pytest.raises(UserError, match="made with another text"):
+        prepare.prepare(compose([*words, f"text_tokenizer.path={other}", f"data_dir={tmp_path / 'again'}"]))
+    with pytest.raises(UserError, match="password or a signature"):
+        compose([*words, f"text_tokenizer.path={other}", "corpus.tokens=https://me:secret@host/x"])
