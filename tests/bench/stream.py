@@ -88,6 +88,7 @@ def of_webdataset(shards: TokenShards) -> Documents:
 
 def of_energon(folder: Path) -> Documents:
     from megatron import energon
+    from megatron.energon.savable_loader import BasicDataLoader
 
     @energon.stateless
     def cook(sample: dict) -> dict:
@@ -106,7 +107,8 @@ def of_energon(folder: Path) -> Documents:
         max_samples_per_sequence=100,
         task_encoder=Encoder(),
     )
-    for sample in energon.get_loader(dataset):
+    # By default it collects garbage every 10 samples.
+    for sample in BasicDataLoader(dataset, gc_collect_every_n_steps=1 << 20):
         yield np.load(io.BytesIO(sample[MEMBER]))
 
 
@@ -122,7 +124,8 @@ def prepare_energon(shards: TokenShards, folder: Path) -> Path:
 def of_mosaicml(folder: Path) -> Documents:
     from streaming import StreamingDataset
 
-    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=1)
+    # With its default look-ahead it sleeps most of the time.
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=16, predownload=1 << 20)
     while True:
         for sample in dataset:
             yield sample["tokens"]
