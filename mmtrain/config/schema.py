@@ -172,7 +172,7 @@ class StreamConfig:
     sequence_length: int = knob(512, "Tokens per sequence.", minimum=16)
     global_batch: int = knob(16, "Sequences per optimizer step, over all ranks.", minimum=1)
     lanes: int = knob(16, "Logical lanes; fixed for the life of a run.", minimum=1)
-    lookahead: int = knob(16, "Documents a lane may look ahead for the best fit.", minimum=1)
+    lookahead: int = knob(32, "Sequences a lane may look ahead for the best fit, beyond a row.", minimum=1)
     shuffle_shards: int = knob(0, "Shards whose documents are shuffled together (0: all of them). A few of them let training read a large corpus from a store with a cache smaller than the corpus.", minimum=0)
     prefetch: int = knob(4, "Batches prepared ahead in the background.", minimum=0)
     workers: int = knob(0, "Processes per rank that prepare batches (0: a thread). Batches do not depend on it.", minimum=0)
