@@ -1,11 +1,10 @@
 """The files of a corpus: which there are and which may be opened, and the folder of downloaded pictures."""
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmtrain.config import CorpusConfig, UserError
-from mmtrain.documents.captioned import PICTURE_SUFFIXES, is_inside, largest_picture_bytes, relative_name
+from mmtrain.documents.captioned import PICTURE_SUFFIXES, files_below, is_inside, largest_picture_bytes
 from mmtrain.documents.corpus import Account, printable
 from mmtrain.documents.interleaved import NOT_DOWNLOADED, TOO_LARGE, Picture
 
@@ -31,13 +30,9 @@ def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, accoun
         raise UserError(f"corpus.path={config.path} is neither a folder nor a {kinds}; {how}.")
     names = []
     resolved = root.resolve()
-    for path in _walk(root, account):
-        name = relative_name(path, root)
-        if not path.name.lower().endswith(suffixes):
-            continue
-        if path.name.startswith("."):
-            account.skip("hidden file", name)
-        elif name != printable(name):  # a partition is JSON
+    for name in files_below(root, suffixes, account):
+        path = root / name
+        if name != printable(name):  # a partition is JSON
             account.spoil("file name that is not UTF-8", name)
         elif not is_inside(path, resolved):
             account.spoil(OUTSIDE, name)
@@ -49,22 +44,6 @@ def list_files(config: CorpusConfig, suffixes: tuple[str, ...], how: str, accoun
         left_out = f" that can be read: {account.summary()}" if account.bad else ""
         raise UserError(f"corpus.path={config.path} holds no {kinds}{left_out}; {how}.")
     return sorted(names)
-
-
-def _walk(root: Path, account: Account) -> Iterator[Path]:
-    """All files below root; folders that are not entered are counted."""
-
-    def unreadable(error: OSError) -> None:
-        account.spoil("unreadable folder", relative_name(Path(error.filename), root))
-
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        for name in folders:
-            if os.path.islink(os.path.join(folder, name)):
-                account.skip("link to a folder", relative_name(Path(folder, name), root))
-            elif name.startswith("."):
-                account.skip("hidden folder", relative_name(Path(folder, name), root))
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk follows no links
-        yield from (Path(folder, name) for name in files)
 
 
 def file_path(config: CorpusConfig, name: str) -> Path:
