@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,8 @@ class Run:
     accumulation: int
     step: int = 0
     tokens: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers that do not change; they are in the first row that is logged."""
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def train(run: Run) -> dict[str, Any]:
             row = {}
             if due(run.step, config.track.log_every, steps) or saving:
                 totals = window.reduce()
-                row = book_and_describe(run, totals, peak) | {"lr": rate, "grad_norm": as_float(norm)}
+                row = book_and_describe(run, totals, peak) | {"lr": rate, "grad_norm": as_float(norm)} | run.facts
+                run.facts = {}
             if due(run.step, config.train.evaluate_every, steps):
                 paused = time.perf_counter()
                 row |= evaluate(run)

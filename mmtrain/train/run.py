@@ -99,6 +99,16 @@ class Artifacts:
         return dict(books)
 
 
+    def left_out(self) -> dict[str, int]:
+        """What the corpora held and their documents do not: data/SOURCE/left_out/REASON -> how many."""
+        counts = {}
+        for name, folder in self.documents.items():
+            facts = json.loads((folder / "facts.json").read_text())
+            for reason, count in {**facts.get("bad", {}), **facts.get("skipped", {})}.items():
+                counts[f"data/{name}/left_out/{reason.replace(' ', '_')}"] = count
+        return counts
+
+
 def check_run(run_dir: Path, config: Config) -> None:
     """Raise UserError when the run in `run_dir` has a checkpoint and was trained with other settings."""
     frozen = run_dir / "config.yaml"

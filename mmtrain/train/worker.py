@@ -108,6 +108,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
+        facts=artifacts.left_out(),
     )
     if config.train.evaluate_batches:
         held_out = open_stream(config, artifacts, vocabulary, "validation")

@@ -33,6 +33,12 @@ def test_artifacts_of_several_sources_come_back_in_order(artifacts: Artifacts, t
         Artifacts.load(run)
 
 
+def test_what_was_left_out_is_told_by_source_and_reason(artifacts: Artifacts) -> None:
+    for name, facts in (("stamps", {"skipped": {"blank picture": 2}, "bad": {"empty file": 1}}), ("web", {})):
+        (artifacts.documents[name] / "facts.json").write_text(json.dumps(facts))
+    assert artifacts.left_out() == {"data/stamps/left_out/blank_picture": 2, "data/stamps/left_out/empty_file": 1}
+
+
 def test_artifacts_of_an_earlier_run_have_one_source(artifacts: Artifacts, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "old"
     run.mkdir(parents=True)
