@@ -130,7 +130,7 @@ class Parquet(Corpus):
             yield alone
             return
         for number, caption in enumerate(captions):
-            yield Document(f"{document_id}-{number}", alone.source, (caption, *alone.segments), meta)
+            yield Document(f"{document_id}-{number}", alone.source, (caption, *alone.segments), alone.meta)
 
     def _interleaved(
         self,
