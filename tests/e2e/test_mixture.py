@@ -1,4 +1,4 @@
-"""Two corpora in one run, their shares changing with the step, batches prepared by processes, through the command line."""
+"""Two corpora in one run: shares that change with the step, batches from processes, through the command line."""
 
 from pathlib import Path
 
