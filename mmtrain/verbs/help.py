@@ -39,14 +39,20 @@ Example
   mmtrain ls --config-dir my_conf experiment     your own among them
 """,
     "data": """\
-mmtrain data [build|tokenize|verify|inspect|stats|browse] [settings]
+mmtrain data [build|tokenize|verify] [settings]
+mmtrain data inspect [ID|NUMBER|SPLIT:NUMBER ...] [full] [settings]
+mmtrain data stats [json] [settings]
+mmtrain data browse [HOW_MANY] [ID|SPLIT:NUMBER ...] [FILE.html] [settings]
 
 build     reads the corpus, cleans it, drops copies, keeps near-duplicates on one side of the split, and writes
           document shards; says how much was left out, and why.
 tokenize  trains the tokenizers that are missing, and writes token shards. Without a word: build and tokenize.
 verify    compares every byte of what was built of the corpus with what was written; names every bad file;
           exit code 1 if there is one.
-inspect, stats, browse   look at what was built.
+inspect   prints documents: texts, pictures, tokens, and where they lie in which tar.
+stats     counts documents, pictures, tokens, lengths, near-duplicates and what was left out.
+browse    writes one HTML page of documents drawn at random: reading order, tokens, every picture beside what its
+          tokens decode to, near-duplicates, neighbours.
 
 Shards are tar files that plain webdataset reads, with an index and a manifest. The work is done in partitions by
 data.processes processes: stopped or killed, the same command goes on, and what it writes depends neither on that
@@ -58,9 +64,12 @@ Example: your own pictures, with a caption in IMAGE.txt beside each IMAGE.jpg
 Example: tars that img2dataset wrote
   mmtrain data corpus=img2dataset corpus.name=web corpus.path=/data/web
 
-Example: procedural shapes, nothing to download; then a look for damage
-  mmtrain data corpus=shapes corpus.num_documents=5000
-  mmtrain data verify corpus=shapes
+Example: interleaved pages of a manual, fetched by apt-get; then a look at 50 of them
+  mmtrain data corpus=gimp_help
+  mmtrain data browse 50 corpus=gimp_help
+
+Example: two corpora that a run mixes, and their statistics
+  mmtrain data stats 'mix={stamps:1,gimp_help:3}'
 """,
     "tokenizer": """\
 mmtrain tokenizer text|image [settings]
