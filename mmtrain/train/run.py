@@ -25,7 +25,7 @@ from mmtrain.train.checkpoint import has_checkpoint
 # What may differ between the frozen config and a command that continues the run.
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "data.processes", "engine",
                   "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "stream.prefetch",
-                  "stream.workers")  # fmt: skip
+                  "stream.workers", "mix", "corpora", "store")  # fmt: skip
 LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")
 
@@ -134,7 +134,8 @@ def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) 
         trained_on = Artifacts.load(run_dir)
         old, new = ({f.name: _resolved(getattr(a, f.name)) for f in fields(a)} for a in (trained_on, artifacts))
         for name in old:
-            if old[name] != new[name]:
+            # A source may join a run; those that were there stay what they were.
+            if old[name] != {source: new[name].get(source) for source in old[name]}:
                 raise UserError(
                     f"{name} of run {run_dir} was {_shown(old[name])}, and is {_shown(new[name])} now: the data or the "
                     "program changed since; choose another name=, or bring the old data back"

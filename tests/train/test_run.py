@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mmtrain.config import UserError
-from mmtrain.train.run import Artifacts
+from mmtrain.config import Config, CorpusConfig, UserError
+from mmtrain.config.compose import load_frozen
+from mmtrain.train.run import Artifacts, check_run, open_run
 
 
 @pytest.fixture
@@ -48,3 +50,20 @@ def test_artifacts_of_an_earlier_run_have_one_source(artifacts: Artifacts, tmp_p
     found = Artifacts.load(run)
     assert found.documents == {"stamps": artifacts.documents["stamps"]} and found.main == "stamps"
     assert found.tokens == {"stamps": artifacts.tokens["stamps"]} and found.neighbours == {}
+
+
+def test_a_source_may_join_a_run_and_shares_may_change(artifacts: Artifacts, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    stamps = Config(name="one", mix={"stamps": 1}, corpora={"stamps": CorpusConfig(name="stamps", kind="stamps")})
+    web = CorpusConfig(name="web", kind="html", path="web")
+    both = replace(stamps, mix={"stamps": {"0": 1, "9": 2}, "web": 3}, corpora=stamps.corpora | {"web": web})
+    alone = replace(artifacts, documents={}, tokens={"stamps": artifacts.tokens["stamps"]})
+    open_run(run, stamps, alone, "first")
+    check_run(run, both)
+    open_run(run, both, artifacts, "second")
+    assert load_frozen(run / "config.yaml").mix == both.mix and list(Artifacts.load(run).tokens) == ["stamps", "web"]
+    with pytest.raises(UserError, match="bring the old data back"):
+        open_run(run, both, alone, "third")
+    with pytest.raises(UserError, match="seed=0, this command says 1"):
+        check_run(run, replace(both, seed=1))
