@@ -10,6 +10,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,7 +128,12 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
 
 
 def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, split: str) -> Stream:
-    """The stream of a split; retrieved documents come from the training split of their source."""
+    """The stream of a split; retrieved documents come from the training split of their source.
+
+    That of validation has the largest share that each source ever gets, and packs without looking ahead: its few
+    batches should hold the documents once, in order, and not those that fit best.
+    """
+    is_training = split == "train"
 
     def tokens(folder: Path) -> TokenShards:
         return TokenShards(folder, open_store(folder, config.store))
@@ -138,10 +144,12 @@ def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, sp
         if name in artifacts.neighbours:
             neighbours, memory = Neighbours(artifacts.neighbours[name] / split), tokens(folder / "train")
         share = config.mix.get(name, 1.0)
-        weight = {int(step): float(x) for step, x in share.items()} if isinstance(share, dict) else float(share)
+        shares = {int(step): float(x) for step, x in (share if isinstance(share, dict) else {0: share}).items()}
+        weight = shares if is_training else max(shares.values())
         sources.append(Source(name, tokens(folder / split), weight, neighbours, memory))
     retrieval = config.retrieval if config.retrieval.enabled else None
-    return Stream(sources, vocabulary, config.stream, config.objective, retrieval, config.seed)
+    stream = config.stream if is_training else replace(config.stream, lookahead=1)
+    return Stream(sources, vocabulary, stream, config.objective, retrieval, config.seed)
 
 
 def first_run_id(folder: Path) -> str:
