@@ -241,9 +241,8 @@ class Browser:
 
 
 @pytest.fixture
-def browser(tmp_path):
-    if shutil.which("chromium") is None:
-        pytest.skip("chromium is not installed")
+def browser(tmp_path, need_command):
+    need_command("chromium")
     browser = Browser(tmp_path / "profile")
     yield browser
     browser.close()
