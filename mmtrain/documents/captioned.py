@@ -53,7 +53,6 @@ class CaptionedPicture:
 def captioned_documents(
     pictures: Iterable[CaptionedPicture],
     root: Path,
-    source: str,
     prepare: Prepare,
     config: CorpusConfig,
     account: Account,
@@ -68,7 +67,7 @@ def captioned_documents(
             continue
         for caption in picture.captions:
             facts = {"path": printable(picture.name), **caption.meta, **meta}
-            yield Document(caption.document_id, source, (caption.text, image), facts)
+            yield Document(caption.document_id, config.name, (caption.text, image), facts)
 
 
 def picture_partitions(captions_of: dict[str, Any]) -> list[Partition]:

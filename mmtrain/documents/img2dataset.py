@@ -28,7 +28,6 @@ from mmtrain.documents.document import Document
 from mmtrain.documents.images import BadImage, image_from_bytes
 from mmtrain.documents.tars import DamagedTar, Member, read_members
 
-SOURCE = "img2dataset"
 HOW = "set corpus.path to the folder of tars that img2dataset wrote, or to one of them"
 LARGEST_JSON_BYTES = 2**20
 LARGEST_STATS_BYTES = 2**24
@@ -70,7 +69,7 @@ class Img2Dataset(Corpus):
     def partitions(self, account: Account) -> list[Partition]:
         """One tar each. Raises UserError where there is none."""
         if not self.config.path:
-            raise UserError(f"corpus {SOURCE} has no corpus.path; {HOW}.")
+            raise UserError(f"corpus {self.config.name} has no corpus.path; {HOW}.")
         path = Path(self.config.path)
         if not path.exists():
             raise UserError(f"corpus.path={path} does not exist; {HOW}.")
@@ -102,7 +101,7 @@ class Img2Dataset(Corpus):
                 account.spoil(error.reason, sample.name)
                 continue
             meta = {"path": printable(sample.name), **sample.facts}
-            yield Document(f"{SOURCE}-{id_of_path(sample.name)}", SOURCE, (sample.caption, image), meta)
+            yield Document(f"img2dataset-{id_of_path(sample.name)}", self.config.name, (sample.caption, image), meta)
 
 
 def _split_name(name: str) -> tuple[str, str]:

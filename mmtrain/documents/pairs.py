@@ -64,7 +64,7 @@ class Pairs(Corpus):
 
         root = self._root()
         pictures = self._pictures(partition, root, account)
-        yield from captioned_documents(pictures, root, "pairs", prepare, self.config, account)
+        yield from captioned_documents(pictures, root, prepare, self.config, account)
 
     def _pictures(self, partition: Partition, root: Path, account: Account) -> Iterator[CaptionedPicture]:
         """Ids: hash of the path, then -2, -3, ... for further captions (COCO has five)."""

@@ -7,6 +7,7 @@ caption describes its picture without ambiguity and a grader that sees only pixe
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -75,7 +76,8 @@ class Shapes(Corpus):
     def documents(self, partition: Partition, account: Account) -> Iterator[Document]:
         """The scenes of the range."""
         for index in range(partition["start"], partition["stop"]):
-            yield make_document(self.config.seed, partition["split"], index, self.config.image_size)
+            document = make_document(self.config.seed, partition["split"], index, self.config.image_size)
+            yield replace(document, source=self.config.name)
 
 
 def is_held_out(thing: Thing) -> bool:

@@ -68,7 +68,7 @@ class Stamps(Corpus):
     def documents(self, partition: Partition, account: Account) -> Iterator[Document]:
         """Caption, then picture; the languages of a picture side by side."""
         pictures = (_picture(named_again(stored), captions) for stored, captions in partition["pictures"])
-        yield from captioned_documents(pictures, self._find_stamps(), "stamps", self._prepare, self.config, account)
+        yield from captioned_documents(pictures, self._find_stamps(), self._prepare, self.config, account)
 
     def _find_stamps(self) -> Path:
         if self.config.path is None:
