@@ -11,7 +11,7 @@ from mmtrain.config.compose import compose
 from mmtrain.documents import Document, encode_png, image_from_bytes
 from mmtrain.shards import TokenShards, write_documents
 from mmtrain.tokens import ImageTokenizer, TextTokenizer
-from mmtrain.verbs import prepare
+from mmtrain.verbs import prepare, verify
 from mmtrain.verbs.tokenize import tokenize_documents
 
 SIZE = 16
@@ -93,6 +93,8 @@ def test_ready_token_shards_take_the_place_of_a_corpus(tokenizers: tuple[Path, P
     here, there = (TokenShards(folder / "train") for folder in (found.tokens["ready"], tmp_path / "ready"))
     assert len(here) == 3 and here.tokens(2).tolist() == there.tokens(2).tolist()
     assert found.flops()["image_tokenizer_encode"] == 0
+    with pytest.raises(UserError, match="are elsewhere"):
+        verify.main(config, [])
     other = tmp_path / "other.json"
     TextTokenizer.train(["quite another text"], TextTokenizerConfig(vocab_size=260)).save(other)
     with pytest.raises(UserError, match="made with another text"):
