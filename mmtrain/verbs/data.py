@@ -44,18 +44,19 @@ def _prepare(config: Config, step: str) -> None:
         text = prepare.prepare_text_tokenizer(config, documents)
         image = prepare.prepare_image_tokenizer(config, documents)
         tokens = prepare.prepare_tokens(config, documents, text, image)
-    for name, folder in documents.items():
-        of = f" of {name}" if len(documents) > 1 else ""
-        places[f"documents{of}"] = os.path.relpath(folder)
+    for name in tokens or documents:
+        of = f" of {name}" if len(config.sources) > 1 else ""
+        if name in documents:  # else its tokens were ready
+            places[f"documents{of}"] = os.path.relpath(documents[name])
         if tokens:
             places[f"tokens{of}"] = os.path.relpath(tokens[name])
         for split in SPLITS:
             places[f"{split}{of}"] = describe((tokens or documents)[name] / split)
-        if skipped := left_out(folder):
+        if name in documents and (skipped := left_out(documents[name])):
             places[f"left out{of}"] = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
     if step == "build":
         places["next"] = "the same command with tokenize instead of build"
-    closing_box(f"corpus {', '.join(documents)}", places)
+    closing_box(f"corpus {', '.join(config.sources)}", places)
 
 
 def describe(folder: Path) -> str:

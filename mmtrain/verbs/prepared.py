@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import Config
+from mmtrain.config import Config, UserError
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer
@@ -34,8 +34,14 @@ class PreparedCorpus:
 
 
 def open_corpus(config: Config, with_neighbours: bool = False) -> PreparedCorpus:
-    """Build what is missing of the corpus, or corpora, and open it; the neighbours only when asked for."""
+    """Build what is missing of the corpus, or corpora, and open it; the neighbours only when asked for.
+
+    Corpora that came as ready token shards have no documents and are left out. Raises UserError if there is no other.
+    """
     documents = prepare.prepare_documents(config)
+    if not documents:
+        names = ", ".join(config.sources)
+        raise UserError(f"corpus {names} came as ready token shards: it has no documents to look at")
     text = prepare.prepare_text_tokenizer(config, documents)
     image = prepare.prepare_image_tokenizer(config, documents)
     tokens = prepare.prepare_tokens(config, documents, text, image)
@@ -53,7 +59,7 @@ def open_corpus(config: Config, with_neighbours: bool = False) -> PreparedCorpus
         text.parent,
         facts if len(facts) > 1 else next(iter(facts.values())),
         {split: DocumentShards(folder) for split, folder in by_split(documents).items()},
-        {split: TokenShards(folder) for split, folder in by_split(tokens).items()},
+        {split: TokenShards(folder) for split, folder in by_split({name: tokens[name] for name in documents}).items()},
         TextTokenizer.load(text / "tokenizer.json"),
         ImageTokenizer.load(image),
         {split: Neighbours(folder) for split, folder in by_split(neighbours).items()},

@@ -11,7 +11,7 @@ from mmtrain.config.compose import compose
 from mmtrain.documents import Document, encode_png, image_from_bytes
 from mmtrain.shards import TokenShards, write_documents
 from mmtrain.tokens import ImageTokenizer, TextTokenizer
-from mmtrain.verbs import prepare, verify
+from mmtrain.verbs import prepare, stats, verify
 from mmtrain.verbs.tokenize import tokenize_documents
 
 SIZE = 16
@@ -76,7 +76,7 @@ def test_a_corpus_without_pictures_is_a_sentence(tmp_path: Path, monkeypatch, ca
         prepare.prepare_image_tokenizer(Config(data_dir=str(tmp_path / "data")), {"texts": tmp_path})
 
 
-def test_ready_token_shards_take_the_place_of_a_corpus(tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ready_token_shards_take_the_place_of_a_corpus(tokenizers: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     text, image = tokenizers
     documents = [Document(f"d{number}", "test", (f"words {number}",), {}) for number in range(4)]
     for split, some in (("train", documents[:3]), ("validation", documents[3:])):
@@ -95,6 +95,10 @@ def test_ready_token_shards_take_the_place_of_a_corpus(tokenizers: tuple[Path, P
     assert found.flops()["image_tokenizer_encode"] == 0
     with pytest.raises(UserError, match="are elsewhere"):
         verify.main(config, [])
+    with pytest.raises(UserError, match="no documents to look at"):
+        stats.main(config, [])
+    assert cli.main(["data", *words, f"text_tokenizer.path={text / 'tokenizer.json'}"]) == 0
+    assert "3 documents" in capsys.readouterr().out
     other = tmp_path / "other.json"
     TextTokenizer.train(["quite another text"], TextTokenizerConfig(vocab_size=260)).save(other)
     with pytest.raises(UserError, match="made with another text"):
