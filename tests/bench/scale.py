@@ -4,13 +4,15 @@
 
 The manifest is real and has an entry for every shard; all shards are the same file on disk under different names, so
 that no terabytes are needed. Measured, in a process of its own: opening the data set and building the stream, the first
-batch, going on from a checkpoint at step 1,000,000, and the size of the state.
+batch, going on from a checkpoint at step 1,000,000, and the size of the state. Then a local folder in which every shard
+and index is a file of its own (sparse, so that it takes no space) is opened.
 """
 
 import argparse
 import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,14 +101,34 @@ def measure(template: Path, manifest: Path) -> None:
     print(f"peak of the process at the end: {memory_mb():.0f} MB")
 
 
+def write_folder(template: Path, manifest: Path) -> None:
+    """Every file of the manifest beside it, in full size and empty."""
+    shutil.copy(template / VOCABULARY, manifest.parent)
+    for shard in Manifest.load(manifest.parent).shards:
+        for name, size in ((shard.name, shard.bytes), (index_name(shard.name), shard.index_bytes)):
+            with open(manifest.parent / name, "wb") as file:
+                file.truncate(size)
+
+
+def open_folder(folder: Path) -> None:
+    started = time.perf_counter()
+    shards = TokenShards(folder)
+    elapsed = time.perf_counter() - started
+    print(f"local folder of {2 * len(shards.manifest.shards):,} files opened: {elapsed:.2f} s, {memory_mb():.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--documents", type=int, default=10_000, help="in each shard")
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(*args.measure)
+        return
+    if args.open:
+        open_folder(args.open)
         return
     with tempfile.TemporaryDirectory() as folder:
         template = make_tokens(Path(folder, "template"), args.documents, text=24, image=256)
@@ -114,6 +136,8 @@ def main() -> None:
         manifest.parent.mkdir()
         write_manifest(template, args.shards, manifest)
         subprocess.run([sys.executable, __file__, "--measure", str(template), str(manifest)], check=True)
+        write_folder(template, manifest)
+        subprocess.run([sys.executable, __file__, "--open", str(manifest.parent)], check=True)
 
 
 if __name__ == "__main__":
