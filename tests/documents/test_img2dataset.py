@@ -1,6 +1,5 @@
 """Tars of img2dataset: what is delivered, what is left out and named, and that no damage ends in silence."""
 
-import io
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import webdataset
 
 from mmtrain.config import CorpusConfig, UserError
 from mmtrain.documents import Account, decode_square, encode_png, judge, read_corpus
+from tests.documents.conftest import write_tar
 
 BLOCK = 512
 LENIENT = {"max_bad_fraction": 1.0}
@@ -32,20 +32,6 @@ def sample(number: int, **facts) -> dict[str, bytes]:
         f"{key}.json": json.dumps(facts, indent=4).encode(),
         f"{key}.txt": f"picture\n {number}".encode(),
     }
-
-
-def write_tar(path: Path, *parts: dict[str, bytes] | tarfile.TarInfo, format: int = tarfile.USTAR_FORMAT) -> Path:
-    """Members in order: name -> content, or a header alone."""
-    with tarfile.open(path, "w", format=format) as tar:
-        for part in parts:
-            if isinstance(part, tarfile.TarInfo):
-                tar.addfile(part)
-                continue
-            for name, data in part.items():
-                header = tarfile.TarInfo(name)
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    return path
 
 
 def write_webdataset(path: Path, numbers: range) -> Path:

@@ -11,13 +11,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from mmtrain.config import CorpusConfig, UserError
 from mmtrain.documents import Document, encode_png
 from mmtrain.documents.corpus import Account
 from mmtrain.documents.mmc4 import Mmc4
+from tests.documents.conftest import shape
 
 SENTENCES = ["Zero.", "One.", "Two.", "Three."]
 
@@ -63,14 +63,6 @@ def read(path: Path, folder: Path | None = None, **options) -> tuple[list[Docume
     documents = [document for part in corpus.partitions(account) for document in corpus.documents(part, account)]
     assert len({document.id for document in documents}) == len(documents)
     return documents, account
-
-
-def shape(document: Document) -> list:
-    """Texts, and for pictures their gray."""
-    return [
-        s if isinstance(s, str) else int(np.asarray(PIL.Image.open(io.BytesIO(s.data)))[0, 0, 0])
-        for s in document.segments
-    ]
 
 
 def write_zip(path: Path, members: dict[str, bytes], **options) -> Path:

@@ -1,12 +1,10 @@
 """Parquet tables: every layout, every row a document or counted, and no damage that ends the reading."""
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +13,7 @@ from mmtrain.config import CorpusConfig, UserError
 from mmtrain.documents import Document, encode_png
 from mmtrain.documents.corpus import Account
 from mmtrain.documents.parquet import Parquet
+from tests.documents.conftest import shape
 
 CUT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 
@@ -54,14 +53,6 @@ def read(path: Path, folder: Path | None = None, **options) -> tuple[list[Docume
     documents = [document for part in partitions for document in corpus.documents(part, account)]
     assert len({document.id for document in documents}) == len(documents)
     return documents, account
-
-
-def shape(document: Document) -> list:
-    """Texts, and for pictures their gray."""
-    return [
-        s if isinstance(s, str) else int(np.asarray(PIL.Image.open(io.BytesIO(s.data)))[0, 0, 0])
-        for s in document.segments
-    ]
 
 
 def test_obelics(tmp_path, folder):

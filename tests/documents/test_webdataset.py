@@ -18,6 +18,7 @@ from mmtrain.documents import Document, encode_png, image_from_bytes
 from mmtrain.documents.corpus import Account
 from mmtrain.documents.webdataset import WebDataset
 from mmtrain.shards.writer import write_documents
+from tests.documents.conftest import shape, write_tar
 
 BLOCK = 512
 
@@ -36,19 +37,6 @@ def page(number: int) -> dict[str, bytes]:
     }
 
 
-def write_tar(path: Path, *parts: dict[str, bytes] | tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for part in parts:
-            if isinstance(part, tarfile.TarInfo):
-                tar.addfile(part)
-                continue
-            for name, data in part.items():
-                header = tarfile.TarInfo(name)
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    return path
-
-
 def read(path: Path | str, **options) -> tuple[list[Document], Account]:
     config = CorpusConfig(name="pages", kind="webdataset", path=str(path), **options)
     account = Account(config.on_bad)
@@ -56,11 +44,6 @@ def read(path: Path | str, **options) -> tuple[list[Document], Account]:
     documents = [document for part in corpus.partitions(account) for document in corpus.documents(part, account)]
     assert len({document.id for document in documents}) == len(documents)
     return documents, account
-
-
-def shape(document: Document) -> list:
-    """Texts, and for pictures their gray."""
-    return [s if isinstance(s, str) else int(gray(s.data)) for s in document.segments]
 
 
 def gray(data: bytes) -> int:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
 from mmtrain.objective import unrotate
+from mmtrain.shards import TokenShards, finish_tokens, write_token_shard
 from mmtrain.stream import COLUMNS, Source, Stream, merge_states, prefetch
 from mmtrain.stream.mixture import ONE
 from mmtrain.stream.source import Recipe
-from tests.stream.conftest import VOCABULARY
+from tests.stream.conftest import VOCABULARY, token_document
 
 REUSE = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -140,6 +141,22 @@ def test_each_epoch_delivers_every_document_once_in_another_order(shards, count)
     assert len(complete) >= 2
     assert all(sorted(order) == list(range(count)) for order in complete)
     assert len({tuple(order) for order in complete}) > 1
+
+
+@pytest.mark.parametrize("shuffle_shards", [0, 1, 2])
+def test_an_empty_shard_is_no_end_and_no_fault(tmp_path, shuffle_shards):
+    sizes = (3, 0, 2)
+    numbers = iter(range(5))
+    infos = [
+        write_token_shard(tmp_path, i, [token_document(next(numbers), "a", 4, 16) for _ in range(n)], VOCABULARY)
+        for i, n in enumerate(sizes)
+    ]
+    finish_tokens(tmp_path, infos, VOCABULARY, "t", "i")
+    stream = stream_of(Source("a", TokenShards(tmp_path)), shuffle_shards=shuffle_shards, lanes=1)
+    delivered = [number for step in range(3) for number in documents_in(stream.batch(step))]
+    waiting = [number for _, number, _ in stream.state()["lane_states"]["0"]["waiting"]]
+    assert len(delivered) + len(waiting) == stream.state()["lane_states"]["0"]["taken"]["a"]
+    assert set(delivered) == set(range(5))
 
 
 def test_another_seed_gives_other_batches(shards):
