@@ -182,15 +182,20 @@ class StreamConfig:
 class ModelConfig:
     """Decoder-only transformer; defaults are CM3leon's (sec. 2.3)."""
 
-    family: str = knob("cm3leon", "cm3leon = LayerNorm without parameters, learned positions; chameleon = RMSNorm, SwiGLU, rotary positions, norms of queries and keys.", choices=("cm3leon", "chameleon"))
+    family: str = knob("cm3leon", "cm3leon = LayerNorm without parameters, learned positions; llama = RMSNorm, SwiGLU, rotary positions; chameleon = llama with norms of queries and keys.", choices=("cm3leon", "chameleon", "llama"))
     layers: int = knob(8, "Transformer blocks.", minimum=1)
     width: int = knob(256, "Model width.", minimum=8)
     heads: int = knob(4, "Attention heads.", minimum=1)
-    ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width; chameleon: 8/3 x width, up to a multiple of 256).", minimum=0)
-    activation: str = knob("relu", "Activation of the feed-forward layer (chameleon: always SwiGLU).", choices=("relu", "gelu"))
+    kv_heads: int = knob(0, "Heads of keys and values, each shared by heads / kv_heads queries (grouped-query attention; 0: as many as heads).", minimum=0)
+    ffn_width: int = knob(0, "Width of the feed-forward layer (0: 4 x width; with SwiGLU 8/3 x width, up to a multiple of 256).", minimum=0)
+    activation: str = knob("relu", "Activation of the feed-forward layer (cm3leon; the other families have SwiGLU).", choices=("relu", "gelu"))
+    norm_after: bool = knob(False, "Norms follow attention and feed-forward layer instead of preceding them (chameleon: the norm re-ordering of its 34B).")
+    dropout: float = knob(0.0, "Dropout of the outputs of attention and feed-forward layer (Chameleon-7B: 0.1).", minimum=0.0, maximum=0.9)
+    attention: str = knob("auto", "How attention is computed. auto: what is fastest here; sdpa: torch's fused kernels with a dense mask; flex, varlen: kernels that skip what documents and causality exclude (CUDA).", choices=("auto", "sdpa", "flex", "varlen"))
+    weights: str | None = knob(None, "Folder of `mmtrain import`: start from these weights; new rows for tokens that they do not know.")
     max_positions: int = knob(0, "Longest sequence, and the number of learned positions (0: stream.sequence_length).", minimum=0)
     picture_grid: int = knob(0, "Learned row and column vectors for image tokens: codes along one side of a picture (-1: those of this run; 0: no vectors).", minimum=-1)
-    rope_base: float = knob(10000.0, "Base of the rotary positions (chameleon).", minimum=1.0)
+    rope_base: float = knob(10000.0, "Base of the rotary positions (llama, chameleon).", minimum=1.0)
     tie_embeddings: bool = knob(True, "Use the token embedding as the output head.")
     norm_eps: float = knob(1e-5, "Epsilon of the norms.")
     init_std: float = knob(0.006, "Standard deviation of the truncated-normal initialization (cut at 3 sigma).", minimum=0.0)
@@ -203,12 +208,22 @@ class ModelConfig:
     @property
     def rotary(self) -> bool:
         """Whether positions turn queries and keys instead of being learned vectors."""
-        return self.family == "chameleon"
+        return self.family != "cm3leon"
 
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a third matrix, that of its gate."""
-        return self.family == "chameleon"
+        return self.family != "cm3leon"
+
+    @property
+    def head_size(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """`kv_heads`, or as many as there are heads."""
+        return self.kv_heads or self.heads
 
     @property
     def feed_forward_width(self) -> int:
@@ -274,14 +289,26 @@ class TrackConfig:
 class GenerateConfig:
     """Sampling from a checkpoint."""
 
-    task: str = knob("image", "image = text to image, caption = image to text.", choices=("image", "caption"))
-    prompts: list[str] = knob([], "Captions (task=image) or picture files (task=caption).")
+    task: str = knob("image", "image = text to image; caption = image to text; question = a question about a picture; infill_text = the [MASK] in a caption of a picture; infill_image = a region of a picture; interleaved = go on freely with text and pictures.", choices=("image", "caption", "question", "infill_text", "infill_image", "interleaved"))
+    prompts: list[str] = knob([], "Captions, questions or texts; picture files for task=caption.")
+    prompts_file: str | None = knob(None, "File with one prompt per line, or one JSON object per line with prompt, picture and seed; - is stdin.")
+    pictures: list[str] = knob([], "Picture files, one per prompt or one for all (question, infill_text, infill_image).")
+    region: list[int] = knob([], "infill_image: left, top, right, bottom in pixels of the square picture; widened to whole codes.")
+    examples: list[str] = knob([], "Documents to place before every prompt, each PICTURE=CAPTION (a picture file and its caption), instead of retrieved ones.")
     num_samples: int = knob(4, "Samples per prompt.", minimum=1)
+    best_of: int = knob(1, "Draw so many candidates per sample and keep the one that generate.scorer likes best.", minimum=1)
+    scorer: str = knob("caption", "Score of a candidate: caption = log probability of the caption given the picture (image); likelihood = mean log probability of its tokens.", choices=("caption", "likelihood"))
     temperature: float = knob(1.0, "Softmax temperature (0: greedy).", minimum=0.0)
+    top_k: int = knob(0, "Sample from the k most probable tokens only (0: all).", minimum=0)
     top_p: float = knob(0.95, "Nucleus sampling.", minimum=0.0, maximum=1.0)
-    guidance: float = knob(3.0, "Classifier-free guidance weight (1: none).", minimum=0.0)
+    guidance: float = knob(3.0, "Classifier-free guidance weight of pictures (1: none).", minimum=0.0)
+    guidance_schedule: str = knob("constant", "Weight over the tokens of a picture: constant; linear = from 1 up to guidance; cosine = the same along half a cosine.", choices=("constant", "linear", "cosine"))
+    retrieval_guidance: float = knob(0.0, "Guidance weight of the retrieved documents against none (0: they stand in the unconditional prompt, too, as in CM3leon).", minimum=0.0)
+    contrastive_k: int = knob(0, "CD-K (CM3leon sec. 3.1): score = log of conditional over unconditional probability, among tokens at least contrastive_alpha times as probable as the k-th (0: off; then guidance counts).", minimum=0)
+    contrastive_alpha: float = knob(0.5, "CD-K: see contrastive_k.", minimum=0.0, maximum=1.0)
     retrieve: bool = knob(True, "Place retrieved documents before the prompt, when the run has a memory.")
-    max_text_tokens: int = knob(64, "Longest caption.", minimum=1)
+    max_text_tokens: int = knob(64, "Longest text.", minimum=1)
+    max_tokens: int = knob(0, "interleaved: most tokens to write (0: what the model's positions leave).", minimum=0)
     batch_size: int = knob(64, "Sequences sampled together.", minimum=1)
     seed: int = knob(0, "Seed; each sample has its own stream.")
     checkpoint: str = knob("latest", "latest, or the name of a folder under checkpoints/.")

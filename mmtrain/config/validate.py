@@ -121,11 +121,15 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
     model, length = config.model, config.stream.sequence_length
     if model.width % model.heads:
         yield f"model.width={model.width} is not a multiple of model.heads={model.heads}"
-    elif model.rotary and model.width // model.heads % 2:
+    elif model.rotary and model.head_size % 2:
         yield (
             f"model.family={model.family} turns pairs, so width / heads must be even: it is "
-            f"{model.width // model.heads}; change model.width or model.heads"
+            f"{model.head_size}; change model.width or model.heads"
         )
+    elif model.heads % model.num_kv_heads:
+        yield f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}; change one"
+    if model.norm_after and model.family != "chameleon":
+        yield f"model.norm_after is Chameleon's; model.family={model.family} has its norms in front"
     if model.max_positions and model.max_positions < length:
         yield (
             f"model.max_positions={model.max_positions} is shorter than stream.sequence_length={length}; "

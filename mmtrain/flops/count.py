@@ -52,7 +52,7 @@ def forward_flops_per_token(model: ModelConfig, vocabulary_size: int) -> dict[st
     """
     layers, width, ffn_width = _widths(model)
     return {
-        "attention_projections": 2 * layers * 4 * width * width,
+        "attention_projections": 2 * layers * 2 * width * (width + model.num_kv_heads * model.head_size),
         "feed_forward": 2 * layers * (3 if model.gated else 2) * width * ffn_width,
         "head": 2 * width * vocabulary_size,
     }

@@ -3,7 +3,8 @@
 Models know nothing of files, processes or optimizers. A new family is one file and one line in `FAMILIES`.
 """
 
-from mmtrain.models.attention import KVCache, Packing, document_mask, pack_documents
+from mmtrain.models.attention import Packing, document_mask, pack_documents
+from mmtrain.models.cache import KVCache
 from mmtrain.models.decoder import Decoder
 from mmtrain.models.loss import LossSums
 from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions

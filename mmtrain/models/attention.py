@@ -1,14 +1,16 @@
 """Causal self-attention that never looks across packed documents.
 
-B batch, S query positions, T key positions, D width, H heads, K head size; N documents of at most L tokens.
+B batch, S query positions, T key positions, D width, H heads, G heads of keys and values, K head size; N documents of at most L tokens.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmtrain.config import ModelConfig
+from mmtrain.models.cache import KVCache
 
 
 def document_mask(document_BS: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def pack_documents(document_BS: Tensor) -> Packing:
 
 
 class Rotary(NamedTuple):
-    """Rotary positions of a batch (Su et al. 2021): cosines and sines, (B, S, 1, 1, K / 2).
+    """Rotary positions of a batch (Su et al. 2021): cosines and sines, (B, S, 1, K / 2).
 
     Pairs are the two halves of a head, as in transformers' Llama and Chameleon.
     """
@@ -71,36 +73,14 @@ class Rotary(NamedTuple):
     def at(cls, position_BS: Tensor, head_size: int, base: float) -> "Rotary":
         """The angles of `position_BS` in float32: position / base^(2 i / K) for pair i."""
         steps = torch.arange(0, head_size, 2, device=position_BS.device, dtype=torch.float32)
-        angles = position_BS[:, :, None, None, None].float() * base ** (-steps / head_size)
+        angles = position_BS[:, :, None, None].float() * base ** (-steps / head_size)
         return cls(angles.cos(), angles.sin())
 
-    def rotate(self, x_BSCHK: Tensor) -> Tensor:
-        """Turn every pair of every head by the angle of its position; (B, S, C, H, K) to the same."""
-        first, second = x_BSCHK.chunk(2, dim=-1)
-        cos, sin = self.cos.type_as(x_BSCHK), self.sin.type_as(x_BSCHK)
+    def rotate(self, x_BSHK: Tensor) -> Tensor:
+        """Turn every pair of every head by the angle of its position; (B, S, H, K) to the same."""
+        first, second = x_BSHK.chunk(2, dim=-1)
+        cos, sin = self.cos.type_as(x_BSHK), self.sin.type_as(x_BSHK)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the positions seen so far; `length` of `capacity` positions are filled."""
-
-    keys_LBHTK: Tensor
-    values_LBHTK: Tensor
-    length: int = 0
-
-    @classmethod
-    def empty(cls, layers: int, batch: int, heads: int, capacity: int, head_size: int, like: Tensor) -> "KVCache":
-        """A cache on the device and in the dtype of `like`."""
-        shape = (layers, batch, heads, capacity, head_size)
-        return cls(torch.zeros(shape, dtype=like.dtype, device=like.device), like.new_zeros(shape))
-
-    def append(self, layer: int, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer; returns all keys and values up to and including them."""
-        end = self.length + k_BHSK.shape[2]
-        self.keys_LBHTK[layer, :, :, self.length : end] = k_BHSK
-        self.values_LBHTK[layer, :, :, self.length : end] = v_BHSK
-        return self.keys_LBHTK[layer, :, :, :end], self.values_LBHTK[layer, :, :, :end]
 
 
 def causal_products(q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor) -> Tensor:
@@ -118,14 +98,15 @@ def causal_products(q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor) -> Tensor:
 class QKNorm(nn.Module):
     """LayerNorm of the queries and keys over each head, with a gain and a bias (Chameleon, sec. 2.3).
 
-    weight, bias: (2 H K,), queries before keys; flat, since vectors have no weight decay.
+    heads: of queries and keys together. weight, bias: (heads K,), queries before keys; flat, since vectors have no
+    weight decay.
     """
 
     def __init__(self, heads: int, head_size: int, eps: float):
         super().__init__()
-        self.heads, self.head_size, self.eps = heads, head_size, eps
-        self.weight = nn.Parameter(torch.empty(2 * heads * head_size))
-        self.bias = nn.Parameter(torch.empty(2 * heads * head_size))
+        self.shape, self.eps = (heads, head_size), eps
+        self.weight = nn.Parameter(torch.empty(heads * head_size))
+        self.bias = nn.Parameter(torch.empty(heads * head_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,22 +114,25 @@ class QKNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, qk_BSCHK: Tensor) -> Tensor:
-        """(B, S, 2, H, K) to the same."""
-        normed = F.layer_norm(qk_BSCHK, (self.head_size,), eps=self.eps)
-        shape = (2, self.heads, self.head_size)
-        return (normed * self.weight.view(shape) + self.bias.view(shape)).type_as(qk_BSCHK)
+    def forward(self, qk_BSHK: Tensor) -> Tensor:
+        """(B, S, heads, K) to the same."""
+        normed = F.layer_norm(qk_BSHK, self.shape[1:], eps=self.eps)
+        return (normed * self.weight.view(self.shape) + self.bias.view(self.shape)).type_as(qk_BSHK)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with fused query, key and value projection and no biases."""
+    """Grouped-query attention with one projection to all queries, keys and values, in this order, and no biases.
 
-    def __init__(self, width: int, heads: int, qk_norm_eps: float | None = None):
+    kv_heads: heads of keys and values; query head h looks at h // (heads / kv_heads) of them (Ainslie et al. 2023).
+    """
+
+    def __init__(self, config: ModelConfig, has_qk_norm: bool = False):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.qk_norm = QKNorm(heads, width // heads, qk_norm_eps) if qk_norm_eps is not None else None
+        K, H, G = config.head_size, config.heads, config.num_kv_heads
+        self.heads, self.kv_heads, self.head_size = H, G, K
+        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qk_norm = QKNorm(H + G, K, config.norm_eps) if has_qk_norm else None
 
     def forward(
         self,
@@ -159,23 +143,26 @@ class SelfAttention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, S, D) to (B, S, D); with a cache the mask of `packing` is (B, 1, S, T) over all positions so far."""
-        B, S, D = x_BSD.shape
-        qkv_BSCHK = self.qkv(x_BSD).unflatten(2, (3, self.heads, D // self.heads))
+        B, S, _ = x_BSD.shape
+        H, G = self.heads, self.kv_heads
+        qkv_BSHK = self.qkv(x_BSD).unflatten(2, (H + 2 * G, self.head_size))
         if self.qk_norm is not None or rotary is not None:
-            qk_BSCHK, v_BSCHK = qkv_BSCHK.split((2, 1), dim=2)
+            qk_BSHK, v_BSGK = qkv_BSHK.split((H + G, G), dim=2)
             if self.qk_norm is not None:
-                qk_BSCHK = self.qk_norm(qk_BSCHK)
+                qk_BSHK = self.qk_norm(qk_BSHK)
             if rotary is not None:
-                qk_BSCHK = rotary.rotate(qk_BSCHK)
-            qkv_BSCHK = torch.cat([qk_BSCHK, v_BSCHK], dim=2)
+                qk_BSHK = rotary.rotate(qk_BSHK)
+            qkv_BSHK = torch.cat([qk_BSHK, v_BSGK], dim=2)
         if packing.positions_NL is not None and packing.slots is not None:
             N, L = packing.positions_NL.shape
-            qkv_BSCHK = qkv_BSCHK.flatten(0, 1).index_select(0, packing.positions_NL.flatten()).unflatten(0, (N, L))
-        q, k, v = qkv_BSCHK.permute(2, 0, 3, 1, 4)
+            qkv_BSHK = qkv_BSHK.flatten(0, 1).index_select(0, packing.positions_NL.flatten()).unflatten(0, (N, L))
+        q, k, v = qkv_BSHK.transpose(1, 2).split((H, G, G), dim=1)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if packing.slots is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=G != H)
             return self.out(y.transpose(1, 2).flatten(2))
+        if G != H:
+            k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
         y = causal_products(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(y.flatten(0, 1).index_select(0, packing.slots).view(B, S, D))
+        return self.out(y.flatten(0, 1).index_select(0, packing.slots).view(B, S, -1))

@@ -36,5 +36,4 @@ class Cm3leon(Decoder):
         return nn.LayerNorm(self.config.width, eps=self.config.norm_eps, elementwise_affine=False)
 
     def new_block(self) -> Block:
-        attention = SelfAttention(self.config.width, self.config.heads)
-        return Block(self.new_norm(), attention, self.new_norm(), FeedForward(self.config))
+        return Block(self.new_norm(), SelfAttention(self.config), self.new_norm(), FeedForward(self.config))

@@ -11,18 +11,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.config import ModelConfig
-from mmtrain.models.attention import KVCache, Packing, QKNorm, Rotary, SelfAttention, pack_documents
+from mmtrain.models.attention import Packing, QKNorm, Rotary, SelfAttention, pack_documents
+from mmtrain.models.cache import KVCache
 from mmtrain.models.loss import Head, LossSums
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with norm_after norm(attention(x)) and so on.
 
     ffn: a module whose last product is its `out`.
     """
 
-    def __init__(self, attention_norm: nn.Module, attention: SelfAttention, ffn_norm: nn.Module, ffn: nn.Module):
+    def __init__(
+        self,
+        attention_norm: nn.Module,
+        attention: SelfAttention,
+        ffn_norm: nn.Module,
+        ffn: nn.Module,
+        norm_after: bool = False,
+    ):
         super().__init__()
+        self.norm_after = norm_after
         self.attention_norm = attention_norm
         self.attention = attention
         self.ffn_norm = ffn_norm
@@ -31,6 +40,9 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, packing: Packing, rotary: Rotary | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
+        if self.norm_after:
+            x_BSD = x_BSD + self.attention_norm(self.attention(x_BSD, packing, rotary, cache, layer))
+            return x_BSD + self.ffn_norm(self.ffn(x_BSD))
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), packing, rotary, cache, layer)
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
@@ -127,7 +139,7 @@ class Decoder(nn.Module, ABC):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
         c = self.config
-        return KVCache.empty(c.layers, batch, c.heads, capacity, c.width // c.heads, self.token_embedding.weight)
+        return KVCache.empty(c.layers, batch, c.num_kv_heads, capacity, c.head_size, self.token_embedding.weight)
 
     def decode(self, tokens: Tensor, position: Tensor, cell: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last of the new positions; the cache grows by them.
@@ -160,4 +172,4 @@ class Decoder(nn.Module, ABC):
         if self.position_embedding is not None:
             return x_BSD + self.position_embedding(position), None
         c = self.config
-        return x_BSD, Rotary.at(position, c.width // c.heads, c.rope_base)
+        return x_BSD, Rotary.at(position, c.head_size, c.rope_base)

@@ -6,8 +6,9 @@ from mmtrain.config import Config, ModelConfig
 from mmtrain.models.chameleon import Chameleon
 from mmtrain.models.cm3leon import Cm3leon
 from mmtrain.models.decoder import Decoder
+from mmtrain.models.llama import Llama
 
-FAMILIES: dict[str, type[Decoder]] = {"cm3leon": Cm3leon, "chameleon": Chameleon}
+FAMILIES: dict[str, type[Decoder]] = {"cm3leon": Cm3leon, "chameleon": Chameleon, "llama": Llama}
 
 
 def build_model(config: ModelConfig, vocabulary_size: int, max_positions: int, device: str = "cpu") -> Decoder:

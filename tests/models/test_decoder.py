@@ -11,7 +11,7 @@ from mmtrain.config.compose import compose
 from mmtrain.models import Decoder, build_model, count_parameters
 
 VOCABULARY, POSITIONS, GRID = 90, 40, 3
-FAMILIES = ("cm3leon", "chameleon")
+FAMILIES = ("cm3leon", "chameleon", "llama")
 
 
 @pytest.fixture(params=FAMILIES)
