@@ -1,6 +1,7 @@
 """Causal self-attention that never looks across packed documents.
 
-B batch, S query positions, T key positions, D width, H heads, G heads of keys and values, K head size; N documents of at most L tokens.
+B batch, S query positions, T key positions, D width, H heads, G heads of keys and values, K head size;
+N documents of at most L tokens.
 """
 
 from typing import NamedTuple
