@@ -1,5 +1,6 @@
 """The `shapes` task: draw held-out captions and grade the pixels; caption held-out pictures and read the words."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,9 +42,8 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     if not documents or "scene" not in documents[0].meta:
         raise UserError("task=shapes needs a run on corpus=shapes, whose documents carry their scenes; use task=loss")
     to_draw, to_caption = documents[: config.num_prompts], documents[: config.num_captions]
-    settings = SamplingSettings(config.temperature, config.top_p, config.guidance)
-    samples = sampler.images([document.texts[0] for document in to_draw], settings, seed)
-    drawn = [(to_draw[s.prompt], s.pixels) for s in samples]
+    settings = SamplingSettings(temperature=config.temperature, top_p=config.top_p, guidance=config.guidance)
+    drawn = draw_and_grade(sampler, to_draw, settings, seed)
 
     size = sampler.image.image_size
     pictures = np.stack([decode_square(document.images[0].data, size) for document in documents])
@@ -54,19 +54,26 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
         captions = sampler.captions(pictures[: len(to_caption)], greedy, seed)
         written = [(to_caption[s.prompt], s.text) for s in captions]
 
-    facts = [_facts(parse_caption(text), document) for document, text in written]
-    for fact in facts:
-        fact["all"] = all(fact.get(name, True) for name in CAPTION_FACTS)
-    graded = [(document, _facts(grade(pixels), document)) for document, pixels in drawn]
+    stated = [_facts(parse_caption(text), document) for document, text in written]
+    for facts in stated:
+        facts["all"] = all(facts.get(name, True) for name in CAPTION_FACTS)
     return ShapesResult(
-        pictures=_shares([fact for _, fact in graded]),
-        pictures_seen=_shares([fact for document, fact in graded if not document.meta["held_out"]]),
-        pictures_unseen=_shares([fact for document, fact in graded if document.meta["held_out"]]),
-        ceiling=_shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
-        captions=_shares(facts),
-        drawn=drawn,
+        pictures=shares([facts for _, _, facts in drawn]),
+        pictures_seen=shares([facts for document, _, facts in drawn if not document.meta["held_out"]]),
+        pictures_unseen=shares([facts for document, _, facts in drawn if document.meta["held_out"]]),
+        ceiling=shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
+        captions=shares(stated),
+        drawn=[(document, pixels) for document, pixels, _ in drawn],
         written=written,
     )
+
+
+def draw_and_grade(
+    sampler: Sampler, documents: Sequence[Document], settings: SamplingSettings, seed: int
+) -> list[tuple[Document, np.ndarray, dict[str, bool]]]:
+    """Draw the caption of each document once; returns it, the picture (S, S, 3) uint8, and which facts are right."""
+    samples = sampler.images([document.texts[0] for document in documents], settings, seed)
+    return [(documents[s.prompt], s.pixels, _facts(grade(s.pixels), documents[s.prompt])) for s in samples]
 
 
 def _facts(found: Scene, document: Document) -> dict[str, bool]:
@@ -78,7 +85,8 @@ def _facts(found: Scene, document: Document) -> dict[str, bool]:
     return facts
 
 
-def _shares(facts: list[dict[str, bool]]) -> dict[str, Proportion]:
+def shares(facts: list[dict[str, bool]]) -> dict[str, Proportion]:
+    """The share of each fact among those that have it."""
     names = dict.fromkeys(name for fact in facts for name in fact)
     holding = {name: [fact[name] for fact in facts if name in fact] for name in names}
     return {name: wilson(sum(holds), len(holds)) for name, holds in holding.items()}
