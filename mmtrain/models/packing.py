@@ -63,8 +63,8 @@ def _one_per_row(document_BS: Tensor) -> Packing:
     lengths = torch.diff(starts, append=torch.tensor([B * S]))
     is_document = document_BS.flatten()[starts] >= 0
     starts, lengths = starts[is_document], lengths[is_document]
-    longest = int(lengths.max()) if len(lengths) else S
-    if not len(lengths) or len(starts) * longest**2 >= B * S**2:
+    longest = int(lengths.max()) if len(lengths) else 0
+    if not longest or len(starts) * longest**2 >= B * S**2:
         return Packing(document_mask(document_BS))
     offsets = torch.arange(longest)
     positions_NL = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
