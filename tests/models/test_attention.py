@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmtrain.config import Config, ModelConfig, ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
 from mmtrain.config.validate import validate
@@ -100,6 +101,29 @@ def test_the_bounds_of_varlen_are_where_documents_begin(packing: str, parts: int
         assert bounds.diff().min() >= 0
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_varlen_gets_its_documents_as_torch_asks_for_them(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel needs a GPU (tests/gpu); here stands what its documentation says it computes."""
+
+    def stand_in(q, k, v, bounds_q, bounds_k, max_q, max_k, *, window_size):
+        assert q.shape == k.shape == v.shape and window_size == (-1, 0) and torch.equal(bounds_q, bounds_k)
+        y = torch.zeros_like(q)
+        for first, last in zip(bounds_q.tolist(), bounds_q.tolist()[1:], strict=False):
+            assert last - first <= min(max_q, max_k)
+            parts = (x[first:last].transpose(0, 1) for x in (q, k, v))
+            y[first:last] = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(0, 1)
+        return y
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    document = documents(PACKINGS["several"])
+    qkv = random_qkv(document, *HEADS[heads])
+    y = attend(qkv, HEADS[heads][1], pack_documents(document, "varlen", document_starts(document)))
+    expected = naive_attention(qkv.double().numpy(), HEADS[heads][0], document.numpy())
+    is_token = document.numpy() >= 0
+    np.testing.assert_allclose(y.numpy()[is_token], expected[is_token], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_lets_no_document_see_another_bit_for_bit() -> None:
     document = documents(PACKINGS["several"])
     packing, qkv = Packing(blocks=document_blocks(document)), random_qkv(document, 4, 2)
