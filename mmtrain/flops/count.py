@@ -10,7 +10,8 @@ model_palm    PaLM (Chowdhery et al. 2022, appendix B): tokens x (6N + 12 L H Q 
               row and not halved, N = parameters of matrix products; what most published MFU figures use.
               Padding is excluded here too: it is no progress under any convention.
 hardware      what the kernels execute: padding included, attention as computed (a dense mask skips nothing),
-              and whatever is computed a second time (activation checkpointing, the chunked head).
+              and whatever is computed a second time (activation checkpointing, the chunked head). Kernels that skip
+              what documents and causality exclude count as if they skipped all of it.
 """
 
 import operator
