@@ -130,6 +130,26 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
         yield f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}; change one"
     if model.norm_after and model.family != "chameleon":
         yield f"model.norm_after is Chameleon's; model.family={model.family} has its norms in front"
+    elif model.norm_after and model.dropout:
+        yield (
+            f"model.dropout={model.dropout} and model.norm_after=true do not mix (Chameleon, sec. 2.3); "
+            "set model.dropout=0, or model.norm_after=false"
+        )
+    if model.attention == "varlen" and config.engine.dtype != "bf16":
+        yield (
+            f"model.attention=varlen computes in bf16, but engine.dtype={config.engine.dtype}; set engine.dtype=bf16, "
+            "or model.attention=auto"
+        )
+    if model.attention == "varlen" and (model.head_size % 8 or model.head_size > 256):
+        yield (
+            f"model.attention=varlen needs heads of a multiple of 8 up to 256 channels, not {model.head_size}; "
+            "change model.heads, or set model.attention=auto"
+        )
+    if model.attention == "flex" and model.head_size < 16:
+        yield (
+            f"model.attention=flex needs heads of at least 16 channels, not {model.head_size}; "
+            "change model.heads, or set model.attention=auto"
+        )
     if model.max_positions and model.max_positions < length:
         yield (
             f"model.max_positions={model.max_positions} is shorter than stream.sequence_length={length}; "

@@ -10,7 +10,8 @@ model_palm    PaLM (Chowdhery et al. 2022, appendix B): tokens x (6N + 12 L H Q 
               row and not halved, N = parameters of matrix products; what most published MFU figures use.
               Padding is excluded here too: it is no progress under any convention.
 hardware      what the kernels execute: padding included, attention as computed (a dense mask skips nothing),
-              and whatever is computed a second time (activation checkpointing, the chunked head).
+              and whatever is computed a second time (activation checkpointing, the chunked head). Kernels that skip
+              what documents and causality exclude count as if they skipped all of it.
 """
 
 import operator
@@ -151,8 +152,9 @@ def flops_from_sums(
         computed_scores = _scores_forward(model, squared_lengths) // 2
     hardware = BACKWARD_AND_FORWARD * (row_tokens * linear + computed_scores)
     if model.activation_checkpointing:
-        # torch's recomputation of a block stops before its last product, whose result nobody needs
-        last = per_token["feed_forward"] // (3 if model.gated else 2)
+        # torch's recomputation of a block stops before its last product, unless a norm or a dropout mask follows it
+        is_last = not (model.norm_after or model.dropout)
+        last = per_token["feed_forward"] // (3 if model.gated else 2) if is_last else 0
         hardware += (
             row_tokens * (per_token["attention_projections"] + per_token["feed_forward"] - last) + computed_scores
         )

@@ -3,10 +3,10 @@
 Models know nothing of files, processes or optimizers. A new family is one file and one line in `FAMILIES`.
 """
 
-from mmtrain.models.attention import Packing, document_mask, pack_documents
 from mmtrain.models.cache import KVCache
 from mmtrain.models.decoder import Decoder
 from mmtrain.models.loss import LossSums
+from mmtrain.models.packing import Packing, check_attention, document_mask, document_starts, pack_documents
 from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions
 
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "LossSums",
     "Packing",
     "build_model",
+    "check_attention",
     "count_parameters",
     "document_mask",
+    "document_starts",
     "num_positions",
     "pack_documents",
 ]

@@ -4,61 +4,18 @@ B batch, S query positions, T key positions, D width, H heads, G heads of keys a
 N documents of at most L tokens.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from mmtrain.config import ModelConfig
 from mmtrain.models.cache import KVCache
-
-
-def document_mask(document_BS: Tensor) -> Tensor:
-    """(B, 1, S, S) bool, True where position s may look at position t: same document and t <= s.
-
-    Padding (document -1) forms a document of its own, so that no row of the softmax is empty.
-    """
-    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    return same_BSS.tril_()[:, None]
-
-
-class Packing(NamedTuple):
-    """How attention keeps packed documents apart: by a mask, or by laying them out one per row.
-
-    mask: (B, 1, S, S) bool of `document_mask`, or None. positions_NL: int64, where in the flattened (B S) batch each
-    token of a document stands; the last one repeats up to L. slots: (B S,) int64, the way back; padding points to
-    slot 0, which is harmless, since nothing attends to padding and no loss falls on it.
-    """
-
-    mask: Tensor | None
-    positions_NL: Tensor | None = None
-    slots: Tensor | None = None
-
-
-def pack_documents(document_BS: Tensor) -> Packing:
-    """The cheaper of the two for a batch: scores of N L^2 by document, or of B S^2 under a mask.
-
-    On a GPU always the mask: the layout depends on the data, and reading it there would stop the step.
-    """
-    B, S = document_BS.shape
-    if document_BS.device.type != "cpu":
-        return Packing(document_mask(document_BS))
-    is_start = torch.ones_like(document_BS, dtype=torch.bool)
-    is_start[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
-    starts = is_start.flatten().nonzero()[:, 0]
-    lengths = torch.diff(starts, append=torch.tensor([B * S]))
-    is_document = document_BS.flatten()[starts] >= 0
-    starts, lengths = starts[is_document], lengths[is_document]
-    longest = int(lengths.max()) if len(lengths) else S
-    if len(starts) * longest**2 >= B * S**2:
-        return Packing(document_mask(document_BS))
-    offsets = torch.arange(longest)
-    positions_NL = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-    is_token_NL = offsets < lengths[:, None]
-    slots = torch.zeros(B * S, dtype=torch.int64)
-    slots[positions_NL[is_token_NL]] = is_token_NL.flatten().nonzero()[:, 0]
-    return Packing(None, positions_NL, slots)
+from mmtrain.models.packing import Packing
 
 
 class Rotary(NamedTuple):
@@ -82,6 +39,57 @@ class Rotary(NamedTuple):
         first, second = x_BSHK.chunk(2, dim=-1)
         cos, sin = self.cos.type_as(x_BSHK), self.sin.type_as(x_BSHK)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(qkv_BSHK: Tensor, kv_heads: int, packing: Packing) -> Tensor:
+    """Causal attention within documents, by the kernel that `packing` was made for.
+
+    qkv_BSHK: (B, S, H + 2 G, K), queries before keys before values. Returns (B, S, H, K).
+    """
+    if packing.positions_NL is not None and packing.slots is not None:
+        return _by_document(qkv_BSHK, kv_heads, packing.positions_NL, packing.slots)
+    heads = qkv_BSHK.shape[2] - 2 * kv_heads
+    if packing.bounds is not None:
+        return _varlen(qkv_BSHK, kv_heads, packing.bounds)
+    q, k, v = qkv_BSHK.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    if packing.blocks is not None:
+        y = _flex(q.device.type)(q, k, v, block_mask=packing.blocks, enable_gqa=heads != kv_heads)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=heads != kv_heads)
+    return y.transpose(1, 2)
+
+
+def _by_document(qkv_BSHK: Tensor, kv_heads: int, positions_NL: Tensor, slots: Tensor) -> Tensor:
+    """Attention with one document per row; (B, S, H + 2 G, K) to (B, S, H, K)."""
+    B, S = qkv_BSHK.shape[:2]
+    H = qkv_BSHK.shape[2] - 2 * kv_heads
+    qkv_NLHK = qkv_BSHK.flatten(0, 1).index_select(0, positions_NL.flatten()).unflatten(0, positions_NL.shape)
+    q, k, v = qkv_NLHK.transpose(1, 2).split((H, kv_heads, kv_heads), dim=1)
+    if kv_heads != H:
+        k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
+    y_NLHK = causal_products(q, k, v).transpose(1, 2)
+    return y_NLHK.flatten(2).flatten(0, 1).index_select(0, slots).view(B, S, H, -1)
+
+
+def _varlen(qkv_BSHK: Tensor, kv_heads: int, bounds: Tensor) -> Tensor:
+    """Flash attention over documents of any length up to a row; (B, S, H + 2 G, K) to (B, S, H, K).
+
+    Keys and values are repeated where queries share them: torch 2.11 has no `enable_gqa` here.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (slow to import)
+
+    B, S = qkv_BSHK.shape[:2]
+    H = qkv_BSHK.shape[2] - 2 * kv_heads
+    q, k, v = qkv_BSHK.flatten(0, 1).split((H, kv_heads, kv_heads), dim=1)
+    if kv_heads != H:
+        k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, bounds, bounds, S, S, window_size=(-1, 0)).unflatten(0, (B, S))
+
+
+@functools.cache
+def _flex(device_type: str) -> Callable[..., Tensor]:
+    """FlexAttention as one compiled kernel; uncompiled on CPU, where it has no backward pass."""
+    return flex_attention if device_type == "cpu" else torch.compile(flex_attention, dynamic=False)
 
 
 def causal_products(q_NHLK: Tensor, k_NHLK: Tensor, v_NHLK: Tensor) -> Tensor:
@@ -144,7 +152,6 @@ class SelfAttention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, S, D) to (B, S, D); with a cache the mask of `packing` is (B, 1, S, T) over all positions so far."""
-        B, S, _ = x_BSD.shape
         H, G = self.heads, self.kv_heads
         qkv_BSHK = self.qkv(x_BSD).unflatten(2, (H + 2 * G, self.head_size))
         if self.qk_norm is not None or rotary is not None:
@@ -154,16 +161,9 @@ class SelfAttention(nn.Module):
             if rotary is not None:
                 qk_BSHK = rotary.rotate(qk_BSHK)
             qkv_BSHK = torch.cat([qk_BSHK, v_BSGK], dim=2)
-        if packing.positions_NL is not None and packing.slots is not None:
-            N, L = packing.positions_NL.shape
-            qkv_BSHK = qkv_BSHK.flatten(0, 1).index_select(0, packing.positions_NL.flatten()).unflatten(0, (N, L))
+        if cache is None:
+            return self.out(attend(qkv_BSHK, G, packing).flatten(2))
         q, k, v = qkv_BSHK.transpose(1, 2).split((H, G, G), dim=1)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        if packing.slots is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=G != H)
-            return self.out(y.transpose(1, 2).flatten(2))
-        if G != H:
-            k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-        y = causal_products(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(y.flatten(0, 1).index_select(0, packing.slots).view(B, S, -1))
+        k, v = cache.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=G != H)
+        return self.out(y.transpose(1, 2).flatten(2))

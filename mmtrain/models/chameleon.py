@@ -15,4 +15,4 @@ class Chameleon(Llama):
     def new_block(self) -> Block:
         c = self.config
         attention = SelfAttention(c, has_qk_norm=True)
-        return Block(self.new_norm(), attention, self.new_norm(), GatedFeedForward(c), c.norm_after)
+        return Block(self.new_norm(), attention, self.new_norm(), GatedFeedForward(c), c.norm_after, c.dropout)

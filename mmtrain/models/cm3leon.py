@@ -36,4 +36,5 @@ class Cm3leon(Decoder):
         return nn.LayerNorm(self.config.width, eps=self.config.norm_eps, elementwise_affine=False)
 
     def new_block(self) -> Block:
-        return Block(self.new_norm(), SelfAttention(self.config), self.new_norm(), FeedForward(self.config))
+        c = self.config
+        return Block(self.new_norm(), SelfAttention(c), self.new_norm(), FeedForward(c), dropout=c.dropout)

@@ -7,19 +7,22 @@ B batch, S sequence, T positions so far, D width, V vocabulary.
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.config import ModelConfig
-from mmtrain.models.attention import Packing, QKNorm, Rotary, SelfAttention, pack_documents
+from mmtrain.models.attention import QKNorm, Rotary, SelfAttention
 from mmtrain.models.cache import KVCache
 from mmtrain.models.loss import Head, LossSums
+from mmtrain.models.packing import Packing, pack_documents
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); with norm_after norm(attention(x)) and so on.
 
-    ffn: a module whose last product is its `out`.
+    ffn: a module whose last product is its `out`. dropout: share of the outputs of attention and feed-forward layer
+    that training sets to zero before they are added to x (Chameleon-7B; not with norm_after).
     """
 
     def __init__(
@@ -29,9 +32,11 @@ class Block(nn.Module):
         ffn_norm: nn.Module,
         ffn: nn.Module,
         norm_after: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.norm_after = norm_after
+        self.dropout = dropout
         self.attention_norm = attention_norm
         self.attention = attention
         self.ffn_norm = ffn_norm
@@ -43,8 +48,9 @@ class Block(nn.Module):
         if self.norm_after:
             x_BSD = x_BSD + self.attention_norm(self.attention(x_BSD, packing, rotary, cache, layer))
             return x_BSD + self.ffn_norm(self.ffn(x_BSD))
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), packing, rotary, cache, layer)
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD))
+        attended_BSD = self.attention(self.attention_norm(x_BSD), packing, rotary, cache, layer)
+        x_BSD = x_BSD + F.dropout(attended_BSD, self.dropout, self.training)
+        return x_BSD + F.dropout(self.ffn(self.ffn_norm(x_BSD)), self.dropout, self.training)
 
 
 class CellEmbedding(nn.Module):
@@ -124,17 +130,19 @@ class Decoder(nn.Module, ABC):
         targets: Tensor,
         loss_weight: Tensor,
         modality: Tensor,
+        starts: Tensor | None = None,
     ) -> LossSums:
-        """Loss sums of a packed batch.
+        """Loss sums of a packed batch; attention as `model.attention` says.
 
         tokens, targets, modality: (B, S) int64; document, position, cell: (B, S) integers, document -1 = padding,
-        cell -1 = no image token; loss_weight: (B, S) float32.
+        cell -1 = no image token; loss_weight: (B, S) float32; starts: `document_starts`, which varlen needs.
         """
-        return self.head(self._hidden(tokens, document, position, cell), targets, loss_weight, modality)
+        packing = pack_documents(document, self.config.attention, starts)
+        return self.head(self._hidden(tokens, packing, position, cell), targets, loss_weight, modality)
 
     def logits(self, tokens: Tensor, document: Tensor, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, V) logits of a packed batch, without a cache."""
-        return self.head(self._hidden(tokens, document, position, cell))
+        return self.head(self._hidden(tokens, pack_documents(document), position, cell))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
@@ -153,13 +161,15 @@ class Decoder(nn.Module, ABC):
         cache.length += tokens.shape[1]
         return self.head(self.final_norm(x_BSD[:, -1:]))[:, 0]
 
-    def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor, cell: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, packing: Packing, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, D) before the head."""
         x_BSD, rotary = self._embed(tokens, position, cell)
-        packing = pack_documents(document)
+        has_dropout = self.config.dropout > 0  # then the recomputation must draw the same masks
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
-                x_BSD = checkpoint(block, x_BSD, packing, rotary, use_reentrant=False)
+                x_BSD = checkpoint(
+                    block, x_BSD, packing, rotary, use_reentrant=False, preserve_rng_state=has_dropout
+                )
             else:
                 x_BSD = block(x_BSD, packing, rotary)
         return self.final_norm(x_BSD)

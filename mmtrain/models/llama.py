@@ -31,4 +31,5 @@ class Llama(Decoder):
         return nn.RMSNorm(self.config.width, eps=self.config.norm_eps)
 
     def new_block(self) -> Block:
-        return Block(self.new_norm(), SelfAttention(self.config), self.new_norm(), GatedFeedForward(self.config))
+        c = self.config
+        return Block(self.new_norm(), SelfAttention(c), self.new_norm(), GatedFeedForward(c), dropout=c.dropout)

@@ -37,6 +37,10 @@ class Engine(Protocol):
         """Reduce, clip, update; returns the gradient norm before clipping (None when unknown)."""
         ...
 
+    def set_training(self, is_training: bool) -> None:
+        """Switch what differs between training and evaluation (dropout)."""
+        ...
+
     def state(self) -> tuple[TensorDict, TensorDict]:
         """Float32 parameters by name and moments by `exp_avg.NAME`; filled on rank 0, all ranks must call."""
         ...
@@ -197,6 +201,9 @@ class DeepSpeedEngine:
         self.engine.step()
         return norm
 
+    def set_training(self, is_training: bool) -> None:
+        self.engine.module.train(is_training)
+
     def state(self) -> tuple[TensorDict, TensorDict]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
@@ -322,6 +329,9 @@ class DdpEngine:
             optimizer.zero_grad(set_to_none=True)
         self.micro_step = 0
         return norm
+
+    def set_training(self, is_training: bool) -> None:
+        self.model.train(is_training)
 
     def state(self) -> tuple[TensorDict, TensorDict]:
         states = self._states()

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 
 from mmtrain.config import Config, UserError, fingerprint
+from mmtrain.config.randomness import random_stream
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
+from mmtrain.models import document_starts
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
@@ -55,9 +57,11 @@ def train(run: Run) -> dict[str, Any]:
             started = time.perf_counter()
             _, batch, counts = next(batches)
             window.add_step(counts, time.perf_counter() - started)
-            inputs = model_inputs(batch, run.vocabulary, world.device)
+            inputs = model_inputs(batch, run.vocabulary, world.device, config.model.attention)
             weight = world.sum(inputs["loss_weight"].sum())
-            for micro in split_batch(inputs, run.accumulation):
+            for number, micro in enumerate(split_batch(inputs, run.accumulation)):
+                if config.model.dropout:
+                    seed_dropout(config.seed, step, world.rank, number)
                 sums = run.engine.forward(micro)
                 run.engine.backward(sums.total, weight)
                 window.add_loss(sums)
@@ -97,9 +101,13 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def model_inputs(batch: Batch, vocabulary: Vocabulary, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device, with the modality of every target."""
+def model_inputs(
+    batch: Batch, vocabulary: Vocabulary, device: torch.device, attention: str = "auto"
+) -> dict[str, torch.Tensor]:
+    """The batch on the device, with the modality of every target, and what the backend of `model.attention` needs."""
     tensors = cast(dict[str, torch.Tensor], batch)
+    if attention == "varlen":
+        tensors = tensors | {"starts": document_starts(tensors["document"])}
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     inputs["modality"] = vocabulary.modality(inputs["targets"])
     return inputs
@@ -109,6 +117,11 @@ def split_batch(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, t
     """Micro-batches of equal size along the rows."""
     chunks = {name: tensor.chunk(parts) for name, tensor in inputs.items()}
     return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(parts)]
+
+
+def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Make the dropout masks of a micro-batch depend on these numbers alone, so that a resumed run draws the same."""
+    torch.manual_seed(int(random_stream("dropout", seed, step, rank, micro_batch).integers(2**63)))
 
 
 def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str, Any]:
@@ -155,9 +168,12 @@ def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
 def evaluate(run: Run) -> dict[str, Any]:
     """Losses on the validation batches, which are the same at every call."""
     window = new_window(run)
+    run.engine.set_training(False)
     for batch, counts in run.validation:
         window.add_step(counts)
-        window.add_loss(run.engine.forward(model_inputs(batch, run.vocabulary, run.world.device)))
+        inputs = model_inputs(batch, run.vocabulary, run.world.device, run.config.model.attention)
+        window.add_loss(run.engine.forward(inputs))
+    run.engine.set_training(True)
     totals = window.reduce()
     run.ledger.book("evaluation", totals.flops.model_causal // 3)
     return totals.losses("val_")

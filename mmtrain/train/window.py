@@ -85,7 +85,10 @@ class Window:
         """Add the counts of this rank's share of a step; data_seconds: how long training waited for it."""
         squares = np.square(counts.lengths).sum()
         scores = counts.rows * self.row_length**2
-        if self.world.device.type == "cpu":  # as models.pack_documents decides (for the whole share of the rank)
+        if self.model.attention in ("flex", "varlen"):
+            scores = squares // 2
+        elif self.model.attention == "auto" and self.world.device.type == "cpu":
+            # as models.pack_documents decides (for the whole share of the rank)
             scores = min(scores, len(counts.lengths) * int(counts.lengths.max(initial=0)) ** 2)
         self.counts += np.array([squares, scores, counts.rows])
         self.by_source += counts.by_source

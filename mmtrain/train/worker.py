@@ -18,7 +18,7 @@ import torch
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import load_frozen
 from mmtrain.flops import Ledger
-from mmtrain.models import build_model, count_parameters, num_positions
+from mmtrain.models import build_model, check_attention, count_parameters, num_positions
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
@@ -81,6 +81,7 @@ def claim(folder: Path) -> Iterator[None]:
 def build_run(folder: Path, config: Config, world: World) -> Run:
     """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
     check_batch(config, world.size)
+    check_attention(config.model.attention, world.device)
     artifacts = Artifacts.load(folder)
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
     checkpoint, complaints = latest_checkpoint(folder / "checkpoints")

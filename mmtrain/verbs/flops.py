@@ -90,7 +90,8 @@ def _count(config: Config) -> int:
 
     model, length = config.model, config.stream.sequence_length
     vocabulary = vocabulary_of(config)
-    step = step_flops(model, vocabulary.size, [length], 1, length)
+    is_dense = model.attention not in ("flex", "varlen")
+    step = step_flops(model, vocabulary.size, [length], 1, length, dense_attention=is_dense)
     parameters = count_parameters(model, vocabulary.size, model.max_positions or length)
     matmul = matmul_parameters(model, vocabulary.size)
     tokens = config.stream.global_batch * length * config.train.steps
@@ -103,7 +104,7 @@ def _count(config: Config) -> int:
         ("model, causal", step.model_causal),
         ("model, PaLM (full attention)", step.model_palm),
         ("6 N", 6 * matmul * length),
-        (f"hardware (dense scores{recomputation})", step.hardware),
+        (f"hardware ({'dense' if is_dense else 'causal'} scores{recomputation})", step.hardware),
     )
     for label, flops in rows:
         print(f"  {label:<44}{flops / length:.4g}")

@@ -77,12 +77,22 @@ def test_packed_documents_cost_what_they_cost_apart():
     assert step_flops(model, V, [5, 20, 30], 1, 64).model_causal == pytest.approx(apart, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["cm3leon", "chameleon"])
+VARIANTS = {
+    "cm3leon": {},
+    "chameleon": {"family": "chameleon"},
+    "llama": {"family": "llama", "ffn_width": 200},
+    "llama, grouped": {"family": "llama", "kv_heads": 2},
+    "llama, dropout": {"family": "llama", "dropout": 0.1},
+    "chameleon, grouped, norms after": {"family": "chameleon", "kv_heads": 1, "norm_after": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk", [16, 4096])
-def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, family):
-    settings = {"activation_checkpointing": recompute, "loss_chunk": chunk}
-    model = ModelConfig(family=family, layers=2, width=64, heads=4, **settings)
+def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, variant):
+    settings = {"activation_checkpointing": recompute, "loss_chunk": chunk} | VARIANTS[variant]
+    model = ModelConfig(layers=2, width=64, heads=4, **settings)
     decoder = build_model(model, V, 48, "meta")
     with torch.device("meta"):
         keys = ("tokens", "document", "position", "cell", "targets", "modality")
@@ -93,6 +103,14 @@ def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, family
         decoder(**batch).total.backward()
     counted = step_flops(model, V, [48, 48], 2, 48, micro_tokens=96)
     assert counted.hardware == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_are_those_of_every_parameter_but_positions_and_norms(variant):
+    model = ModelConfig(layers=2, width=64, heads=4, **VARIANTS[variant])
+    named = build_model(model, V, 48, "meta").named_parameters()
+    in_products = sum(p.numel() for name, p in named if p.ndim == 2 and "position" not in name)
+    assert matmul_parameters(model, V) == in_products
 
 
 def test_palm_540b_reaches_its_published_mfu():
