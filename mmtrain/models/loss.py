@@ -49,9 +49,9 @@ class Head(nn.Module):
         total, loss_N = linear_cross_entropy(
             x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), weight_N, self.chunk, self.z_loss
         )
-        counted_N = (weight_N > 0).float()
-        pairs_N2 = torch.stack([loss_N * counted_N, counted_N], dim=1)
-        by_modality = pairs_N2.new_zeros(NUM_MODALITIES, 2).index_add_(0, modality_N, pairs_N2)
+        # Not index_add_, whose sum on CUDA differs from run to run.
+        counted_3N = (modality_N == torch.arange(NUM_MODALITIES, device=x_BSD.device)[:, None]) & (weight_N > 0)
+        by_modality = torch.stack([(loss_N * counted_3N).sum(1), counted_3N.sum(1)], dim=1)
         return LossSums(total, by_modality)
 
 
