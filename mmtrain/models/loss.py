@@ -2,7 +2,7 @@
 
 The gradients are computed with the loss, while a chunk's logits are there; the backward pass only scales them. So the
 head costs three products, as without chunks, and nothing is computed twice.
-N tokens of a batch, C of a chunk, D width, V vocabulary.
+N tokens of a batch, C of a chunk, D width, V vocabulary, K ids of a block of it.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NUM_MODALITIES = 3
+ROWS = 8192  # of the weight's gradient, that are added at a time
 
 
 class LossSums(NamedTuple):
@@ -113,7 +114,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_w_VD is not None and dtype == exact:
                 torch.addmm(grad_w_VD, product_CV.T, a_ND[part], out=grad_w_VD)
             elif grad_w_VD is not None:
-                grad_w_VD += product_CV.T @ a_ND[part]
+                # A sum of chunks in bf16 would lose their digits. By blocks: a sum of two types copies one of them.
+                for sum_KD, product_CK in zip(grad_w_VD.split(ROWS), product_CV.split(ROWS, dim=1), strict=True):
+                    sum_KD += product_CK.T @ a_ND[part]
+        del products_CV, product_CV, exact_CV, logits_CV
         ctx.save_for_backward(
             None if grad_x_ND is None else grad_x_ND.to(x_ND.dtype),
             None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
