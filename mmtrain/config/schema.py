@@ -202,7 +202,7 @@ class ModelConfig:
     position_init_std: float = knob(0.0002, "The same for positions, rows and columns.", minimum=0.0)
     zero_init_outputs: bool = knob(True, "Residual outputs (attention projection, second feed-forward layer) start at zero.")
     activation_checkpointing: bool = knob(False, "Recompute each block in the backward pass.")
-    loss_chunk: int = knob(4096, "Tokens per chunk of the output head; logits of only one chunk exist at a time.", minimum=1)
+    loss_chunk: int = knob(512, "Tokens per chunk of the output head; logits of only one chunk exist at a time. Larger: larger products, more memory.", minimum=1)
     z_loss: float = knob(0.0, "Weight of log^2 Z (Chameleon: 1e-5).", minimum=0.0)
 
     @property

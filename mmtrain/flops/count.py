@@ -10,8 +10,8 @@ model_palm    PaLM (Chowdhery et al. 2022, appendix B): tokens x (6N + 12 L H Q 
               row and not halved, N = parameters of matrix products; what most published MFU figures use.
               Padding is excluded here too: it is no progress under any convention.
 hardware      what the kernels execute: padding included, attention as computed (a dense mask skips nothing),
-              and whatever is computed a second time (activation checkpointing, the chunked head). Kernels that skip
-              what documents and causality exclude count as if they skipped all of it.
+              and what activation checkpointing computes a second time. Kernels that skip what documents and
+              causality exclude count as if they skipped all of it.
 """
 
 import operator
@@ -94,7 +94,6 @@ def step_flops(
     num_rows: int,
     row_length: int,
     *,
-    micro_tokens: int = 0,
     dense_attention: bool = True,
 ) -> StepFlops:
     """FLOPs of training on `num_rows` rows of `row_length` tokens that hold documents of `lengths` tokens.
@@ -110,7 +109,6 @@ def step_flops(
         squares,
         num_rows,
         row_length,
-        micro_tokens=micro_tokens,
         dense_attention=dense_attention,
     )
 
@@ -123,15 +121,12 @@ def flops_from_sums(
     num_rows: int,
     row_length: int,
     *,
-    micro_tokens: int = 0,
     dense_attention: bool = True,
     computed_squares: int | None = None,
 ) -> StepFlops:
     """`step_flops` from sums over documents, which add up over steps and ranks.
 
     num_tokens, squared_lengths: sum of the lengths of all documents, and of their squares.
-    micro_tokens: row tokens per forward pass on one rank. When they are more than model.loss_chunk, the head
-      works in chunks and computes each again in the backward pass (0: it does not).
     dense_attention: the kernel computes all row_length^2 scores and masks them (SDPA with a mask); False for
       kernels that skip what documents and causality exclude.
     computed_squares: scores per head that the kernel really computes, where it is neither of the two.
@@ -158,8 +153,6 @@ def flops_from_sums(
         hardware += (
             row_tokens * (per_token["attention_projections"] + per_token["feed_forward"] - last) + computed_scores
         )
-    if micro_tokens > model.loss_chunk:
-        hardware += row_tokens * per_token["head"]
     return StepFlops(BACKWARD_AND_FORWARD * causal, BACKWARD_AND_FORWARD * palm, hardware)
 
 

@@ -91,9 +91,8 @@ def train(run: Run) -> dict[str, Any]:
 def new_window(run: Run) -> Window:
     """An empty window of this run."""
     c = run.config
-    micro_rows = c.stream.global_batch // run.world.size // run.accumulation
     sources = tuple(source.name for source in run.stream.sources)
-    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, micro_rows, sources)
+    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, sources)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -57,7 +57,6 @@ class Window:
     model: ModelConfig
     vocabulary_size: int
     row_length: int
-    micro_rows: int
     sources: tuple[str, ...]
     cross_entropy: torch.Tensor = field(init=False)
     counts: np.ndarray = field(init=False)
@@ -107,7 +106,6 @@ class Window:
         by_source = dict(zip(self.sources, table, strict=True))
         tokens = {kind: sum(row[kind] for row in table) for kind in TOKEN_KINDS}
         squares, scores, rows, num_tokens = int(squares), int(scores), int(rows), sum(tokens.values())
-        micro_tokens = self.micro_rows * self.row_length
         flops = flops_from_sums(
             self.model,
             self.vocabulary_size,
@@ -115,7 +113,6 @@ class Window:
             squares,
             rows,
             self.row_length,
-            micro_tokens=micro_tokens,
             computed_squares=scores,
         )
         pairs = self.cross_entropy.tolist()

@@ -122,11 +122,7 @@ def flops(args: argparse.Namespace, config: Config, world: World) -> StepFlops:
     document_length = args.document_length or args.sequence_length
     full, rest = divmod(args.sequence_length, document_length)
     lengths = ([document_length] * full + ([rest] if rest else [])) * args.batch
-    micro_rows = args.micro_batch or args.batch // world.size
-    micro_tokens = micro_rows * args.sequence_length
-    return step_flops(
-        config.model, args.vocabulary, lengths, args.batch, args.sequence_length, micro_tokens=micro_tokens
-    )
+    return step_flops(config.model, args.vocabulary, lengths, args.batch, args.sequence_length)
 
 
 def peak_rate(config: Config, world: World) -> tuple[float | None, str]:

@@ -101,7 +101,7 @@ def test_hardware_flops_are_what_our_own_model_executes(recompute, chunk, varian
     decoder.train()
     with FlopCounterMode(display=False) as counter:
         decoder(**batch).total.backward()
-    counted = step_flops(model, V, [48, 48], 2, 48, micro_tokens=96)
+    counted = step_flops(model, V, [48, 48], 2, 48)
     assert counted.hardware == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
@@ -148,10 +148,10 @@ def test_shares_by_kind_add_up_exactly(total, counts):
 
 
 def test_ranks_add_up():
-    model = ModelConfig(loss_chunk=8)
-    parts = [step_flops(model, V, [10, 6], 1, 16, micro_tokens=16), step_flops(model, V, [12], 1, 16, micro_tokens=16)]
-    assert sum(parts, StepFlops()) == step_flops(model, V, [10, 6, 12], 2, 16, micro_tokens=16)
-    sums = flops_from_sums(model, V, 28, 100 + 36 + 144, 2, 16, micro_tokens=16)
+    model = ModelConfig()
+    parts = [step_flops(model, V, [10, 6], 1, 16), step_flops(model, V, [12], 1, 16)]
+    assert sum(parts, StepFlops()) == step_flops(model, V, [10, 6, 12], 2, 16)
+    sums = flops_from_sums(model, V, 28, 100 + 36 + 144, 2, 16)
     assert sums == sum(parts, StepFlops())
 
 

@@ -186,22 +186,6 @@ def test_a_packed_document_has_the_logits_it_has_alone(variant: str) -> None:
         torch.testing.assert_close(packed[row, columns], alone[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 55, 56])
-def test_the_chunked_head_changes_neither_loss_nor_gradient(chunk: int) -> None:
-    def step(loss_chunk: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        model = build(small(loss_chunk=loss_chunk, z_loss=0.01))
-        sums = model(**packed_batch())
-        (sums.total / 50).backward()
-        return sums.total, sums.by_modality, {name: p.grad for name, p in model.named_parameters()}
-
-    total, by_modality, gradients = step(chunk)
-    expected_total, expected_by_modality, expected_gradients = step(10**6)
-    torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(by_modality, expected_by_modality, rtol=1e-6, atol=0)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_nothing(variant: str, dropout: float) -> None:
     gradients = []
