@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from mmtrain.config import UserError
+from mmtrain.config.randomness import random_stream
 from mmtrain.generate.grammar import Grammar
 from mmtrain.generate.regions import Region
 from mmtrain.objective import (
@@ -19,6 +21,7 @@ from mmtrain.objective import (
     unrotate,
 )
 from mmtrain.objective.assemble import fit_retrieved
+from mmtrain.objective.cells import IMAGE
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary, tokens_to_segments
 
 MASK = "[MASK]"
@@ -65,6 +68,31 @@ class Task:
     region: Region | None = None
 
 
+# Equal grammars are one object, which `sample` then puts on the device once for a whole batch.
+@lru_cache(maxsize=64)
+def picture_grammar(vocabulary: Vocabulary, num_codes: int) -> Grammar:
+    """A whole picture of `num_codes` codes."""
+    return Grammar.picture(vocabulary, np.arange(num_codes))
+
+
+@lru_cache(maxsize=64)
+def text_grammar(vocabulary: Vocabulary, max_tokens: int, stop: int) -> Grammar:
+    """As `Grammar.text`."""
+    return Grammar.text(vocabulary, max_tokens, stop)
+
+
+@lru_cache(maxsize=64)
+def infill_grammar(vocabulary: Vocabulary, spans: tuple[int | tuple[int, int], ...]) -> Grammar:
+    """As `Grammar.infill`; spans: for each most tokens of its text, or (first, end) of its cells."""
+    return Grammar.infill(vocabulary, [span if isinstance(span, int) else np.arange(*span) for span in spans])
+
+
+@lru_cache(maxsize=64)
+def interleaved_grammar(vocabulary: Vocabulary, num_codes: int, max_tokens: int) -> Grammar:
+    """As `Grammar.interleaved`."""
+    return Grammar.interleaved(vocabulary, num_codes, max_tokens)
+
+
 @dataclass(frozen=True)
 class TaskBuilder:
     """Requests to tasks, for one model.
@@ -100,7 +128,7 @@ class TaskBuilder:
             raise UserError(f"{request.name} is empty; write a {'question' if kind == 'question' else 'caption'}")
         alone = make(request, [])
         room = self._room(request, alone.streams, alone.reserved) - alone.reserved
-        documents = [arrange(ids, self.vocabulary, self._order, np.random.default_rng()) for ids in request.retrieved]
+        documents = [arrange(ids, self.vocabulary, self._order, random_stream()) for ids in request.retrieved]
         fitting = fit_retrieved(documents, room)
         if request.examples and len(fitting) < len(documents):
             raise UserError(
@@ -114,11 +142,29 @@ class TaskBuilder:
         """A run in random order knows both, and is asked in CM3leon's."""
         return "image_first" if self.order == "image_first" else "text_first"
 
+    @property
+    def _stop(self) -> int:
+        """What ends a caption that is written after its picture."""
+        return self.vocabulary.eos if self._order == "image_first" else self.vocabulary.eoss
+
+    def judge(self, request: Request, codes: np.ndarray) -> tuple[Task, np.ndarray]:
+        """The captioning task of a picture (codes: (T,) 0-based), and the ids of the request's caption as its answer.
+
+        Raises UserError when there is no caption, or no room for it.
+        """
+        v = self.vocabulary
+        words = np.append(self._ids(request.text), self._stop)
+        if len(words) == 1:
+            raise UserError(f"{request.name} has no caption for generate.scorer=caption; use likelihood")
+        prompt = caption_prompt(codes + v.image_start, [], v, self._order)
+        grammar = text_grammar(v, len(words) - 1, self._stop)
+        return self._task("caption", request, [prompt], grammar, []), words
+
     def _image(self, request: Request, retrieved: list[np.ndarray]) -> Task:
-        v, cells = self.vocabulary, np.arange(self.image.tokens_per_image)
+        v, num_codes = self.vocabulary, self.image.tokens_per_image
         full = text_to_image_prompt(self._ids(request.text), retrieved, v, self._order)
         infills = self._order == "image_first"
-        grammar = Grammar.infill(v, [cells]) if infills else Grammar.picture(v, cells)
+        grammar = infill_grammar(v, ((0, num_codes),)) if infills else picture_grammar(v, num_codes)
         streams = [*self._unconditional(retrieved, self._order), full]
         return self._task("image", request, streams, grammar, retrieved)
 
@@ -144,8 +190,14 @@ class TaskBuilder:
         # An <eoss> follows each, a sentinel goes before all but the first.
         room = self._room(request, [prompt], 3 * len(masks) - 1)
         limit = min(self.max_text_tokens, (room + 1) // len(masks) - 2)
-        grammar = Grammar.infill(v, [limit] * len(masks))
-        return self._task("infill_text", request, [prompt], grammar, retrieved, [cells], "text")
+        grammar = infill_grammar(v, (limit,) * len(masks))
+
+        def read(new: np.ndarray) -> list[Part]:
+            restored = unrotate(np.concatenate([prompt, new]), v)
+            document = restored[1 + sum(len(ids) + 1 for ids in retrieved) :]
+            return [part for part in self._parts(document) if isinstance(part, str)]
+
+        return self._task("infill_text", request, [prompt], grammar, retrieved, [cells], read)
 
     def _infill_image(self, request: Request, retrieved: list[np.ndarray]) -> Task:
         v, caption = self.vocabulary, self._ids(request.text)
@@ -169,8 +221,14 @@ class TaskBuilder:
         without = [prompt(any_caption, documents, True) for documents in self._backgrounds(retrieved)]
         full = prompt(caption, retrieved, False) if len(caption) else prompt(any_caption, retrieved, True)
         streams, cells = zip(*without, full, strict=True)
-        grammar = Grammar.infill(v, [np.arange(start, end) for start, end in runs])
-        return replace(self._task("infill_image", request, streams, grammar, retrieved, cells, "image"), region=region)
+        grammar = infill_grammar(v, tuple(runs))
+
+        def read(new: np.ndarray) -> list[Part]:
+            codes = self._codes(request)
+            codes[np.concatenate([np.arange(start, end) for start, end in runs])] = new[v.modality(new) == IMAGE]
+            return [codes - v.image_start]
+
+        return replace(self._task("infill_image", request, streams, grammar, retrieved, cells, read), region=region)
 
     def _interleaved(self, request: Request, retrieved: list[np.ndarray]) -> Task:
         v, picture = self.vocabulary, self.image.tokens_per_image
@@ -180,7 +238,7 @@ class TaskBuilder:
         limit = min(self.max_tokens or room, room)
         if limit < 2:
             raise UserError(f"generate.max_tokens={limit} is too little for a word and the end; set 2 or more")
-        task = self._task("interleaved", request, streams, Grammar.interleaved(v, picture, limit), retrieved)
+        task = self._task("interleaved", request, streams, interleaved_grammar(v, picture, limit), retrieved)
         # Without a limit it takes what is left, so that retrieved documents would never find room.
         return replace(task, reserved=min(limit, self.max_tokens or self.max_text_tokens + picture + 2))
 
@@ -189,15 +247,16 @@ class TaskBuilder:
         v = self.vocabulary
         prompt = caption_prompt(self._codes(request), retrieved, v, self._order, words)
         limit = min(self.max_text_tokens, self._room(request, [prompt], 2) - 1)
-        grammar = Grammar.text(v, limit, v.eos if self._order == "image_first" else v.eoss)
-        return self._task(kind, request, [prompt], grammar, retrieved)
+        return self._task(kind, request, [prompt], text_grammar(v, limit, self._stop), retrieved)
 
     def _unconditional(self, retrieved: list[np.ndarray], order: str) -> list[np.ndarray]:
         return [unconditional_image_prompt(d, self.vocabulary, order) for d in self._backgrounds(retrieved)]
 
     def _backgrounds(self, retrieved: list[np.ndarray]) -> list[list[np.ndarray]]:
         """The documents in each stream but the full one."""
-        return [[], [retrieved], [[], retrieved]][self.num_streams - 1]
+        if self.num_streams == 1:
+            return []
+        return [[], retrieved] if self.num_streams == 3 and retrieved else [retrieved]
 
     def _task(
         self,
@@ -207,25 +266,18 @@ class TaskBuilder:
         grammar: Grammar,
         retrieved: list[np.ndarray],
         cells: Sequence[np.ndarray] | None = None,
-        restores: str = "",
+        read: Callable[[np.ndarray], list[Part]] | None = None,
     ) -> Task:
-        """restores: the kind of segment ("text", "image") of the query that is the result, its spans filled in."""
-        v, full = self.vocabulary, streams[-1]
-
-        def read(new: np.ndarray) -> list[Part]:
-            ids = new
-            if restores:
-                document_start = 1 + sum(len(ids) + 1 for ids in retrieved)
-                ids = unrotate(np.concatenate([full, new]), v)[document_start:]
-            segments = [found for found in tokens_to_segments(ids, v) if restores in ("", found[0])]
-            return [self.text.decode(found.tolist()) if kind == "text" else found for kind, found in segments]
-
-        places = [picture_cells(stream, v) for stream in streams] if cells is None else cells
-        task = Task(
-            kind, request, tuple(streams), tuple(places), grammar, read, grammar.max_length, len(retrieved)
-        )
+        places = cells or [picture_cells(stream, self.vocabulary) for stream in streams]
         self._room(request, streams, grammar.max_length)
-        return task
+        reserved = grammar.max_length
+        return Task(
+            kind, request, tuple(streams), tuple(places), grammar, read or self._parts, reserved, len(retrieved)
+        )
+
+    def _parts(self, ids: np.ndarray) -> list[Part]:
+        segments = tokens_to_segments(ids, self.vocabulary)
+        return [self.text.decode(found.tolist()) if kind == "text" else found for kind, found in segments]
 
     def _room(self, request: Request, streams: Sequence[np.ndarray], new: int) -> int:
         """Positions that the streams leave; raises UserError where they are fewer than `new`."""
