@@ -4,7 +4,22 @@ A grammar decides which ids each position may take, so that an image block has e
 codes. Each sample draws from its own random stream: the same seed gives the same sample alone and in a batch.
 """
 
+from mmtrain.generate.grammar import Grammar
+from mmtrain.generate.guidance import SamplingSettings, check
 from mmtrain.generate.pipeline import Drawn, Sampler, Written
-from mmtrain.generate.sampling import SamplingSettings, sample_tokens
+from mmtrain.generate.sampling import Prompt, Sampled, sample, sample_tokens
+from mmtrain.generate.scoring import score
 
-__all__ = ["Drawn", "Sampler", "SamplingSettings", "Written", "sample_tokens"]
+__all__ = [
+    "Drawn",
+    "Grammar",
+    "Prompt",
+    "Sampled",
+    "Sampler",
+    "SamplingSettings",
+    "Written",
+    "check",
+    "sample",
+    "sample_tokens",
+    "score",
+]
