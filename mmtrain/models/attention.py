@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D); with a cache the mask of `packing` is (B, 1, S, T) over all positions so far."""
+        """(B, S, D) to (B, S, D); with a cache the mask of `packing` is that of `KVCache.attend`."""
         B, S, _ = x_BSD.shape
         H, G = self.heads, self.kv_heads
         qkv_BSHK = self.qkv(x_BSD).unflatten(2, (H + 2 * G, self.head_size))
@@ -159,7 +159,7 @@ class SelfAttention(nn.Module):
             qkv_BSHK = qkv_BSHK.flatten(0, 1).index_select(0, packing.positions_NL.flatten()).unflatten(0, (N, L))
         q, k, v = qkv_BSHK.transpose(1, 2).split((H, G, G), dim=1)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            return self.out(cache.attend(layer, q, k, v, packing.mask).transpose(1, 2).flatten(2))
         if packing.slots is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=G != H)
             return self.out(y.transpose(1, 2).flatten(2))
