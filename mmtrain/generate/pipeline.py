@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Sampler:
             Request(caption, retrieved=found, seed=seed, name=f"prompt {i}")
             for i, (caption, found) in enumerate(zip(captions, documents, strict=True), 1)
         ]
-        return self.draw(self.tasks("image", requests, settings), settings, num_samples)
+        return list(self.draw(self.tasks("image", requests, settings), settings, num_samples))
 
     def captions(
         self,
@@ -96,7 +97,8 @@ class Sampler:
             Request(picture=picture, retrieved=found, seed=seed, name=f"picture {i}")
             for i, (picture, found) in enumerate(zip(pictures, documents, strict=True), 1)
         ]
-        return self.draw(self.tasks("caption", requests, settings, max_text_tokens=max_tokens), settings, num_samples)
+        tasks = self.tasks("caption", requests, settings, max_text_tokens=max_tokens)
+        return list(self.draw(tasks, settings, num_samples))
 
     def tasks(
         self,
@@ -135,12 +137,12 @@ class Sampler:
         num_samples: int = 1,
         best_of: int = 1,
         scorer: str = "likelihood",
-    ) -> list[Sample]:
-        """`num_samples` samples of each task, in order, each the best of `best_of` candidates.
+    ) -> Iterator[Sample]:
+        """`num_samples` samples of each task, in order as they come, each the best of `best_of` candidates.
 
         scorer: caption = log probability of the request's text given the picture that was drawn; likelihood = mean
         log probability of what was written. A sample depends on its task, the request's seed and its number alone; the
-        n-th of several equal tasks has a random stream of its own.
+        n-th of several equal tasks has a random stream of its own. Raises UserError before anything is drawn.
         """
         if tasks and tasks[0].kind not in DRAWING_TASKS:
             settings = replace(settings, guidance=1.0, retrieval_guidance=0.0, contrastive_k=0)
@@ -149,30 +151,37 @@ class Sampler:
             for task in tasks:
                 self._builder().judge(task.request, np.zeros(self.image.tokens_per_image, np.int64))
         seeds = self._seeds(tasks)
-        rows = [(i, number, turn) for i in range(len(tasks)) for number in range(num_samples) for turn in range(best_of)]
-        samples: list[Sample] = []
+        rows = list(product(range(len(tasks)), range(num_samples), range(best_of)))
+        keys = [(*seeds[i], number, turn) for i, number, turn in rows]
+        return self._draw(tasks, rows, keys, settings, best_of, scorer)
+
+    def _draw(
+        self,
+        tasks: Sequence[Task],
+        rows: Sequence[tuple[int, int, int]],
+        keys: Sequence[tuple[int | str, ...]],
+        settings: SamplingSettings,
+        best_of: int,
+        scorer: str,
+    ) -> Iterator[Sample]:
+        """rows: task, number and turn of each candidate; keys: of their random streams."""
         candidates: list[Sample] = []
         for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            chosen = [tasks[i] for i, _, _ in batch]
-            keys = [(*seeds[i], number, turn) for i, number, turn in batch]
-            sampled = self._sample(chosen, keys, settings)
-            parts = self._parts(chosen, sampled)
-            scores = self._scores(chosen, sampled, scorer) if best_of > 1 else [0.0] * len(batch)
-            for (i, number, _), key, task, new, read, value in zip(
-                batch, keys, chosen, sampled, parts, scores, strict=True
-            ):
+            batch = slice(start, start + self.batch_size)
+            chosen = [tasks[i] for i, _, _ in rows[batch]]
+            sampled = self._sample(chosen, keys[batch], settings)
+            scores = [(value,) for value in self._scores(chosen, sampled, scorer)] if best_of > 1 else [()] * len(chosen)
+            written = zip(rows[batch], keys[batch], chosen, sampled, self._parts(chosen, sampled), scores, strict=True)
+            for (i, number, turn), key, task, new, parts, values in written:
+                likelihood = float(new.log_probability.sum())
                 candidates.append(
-                    Sample(
-                        i, number, read, key, len(new.tokens), float(new.log_probability.sum()), (value,), task.num_retrieved
-                    )
+                    Sample(i, number, parts, key, len(new.tokens), likelihood, values, task.num_retrieved)
                 )
-                if len(candidates) == best_of:
-                    samples.append(_best(candidates))
+                if turn + 1 == best_of:
+                    yield _best(candidates)
                     candidates = []
             if self.progress:
-                self.progress(start + len(batch), len(rows))
-        return samples
+                self.progress(start + len(chosen), len(rows))
 
     def _builder(self) -> TaskBuilder:
         return TaskBuilder(self.vocabulary, self.text, self.image, self.model.max_positions, self.order)
@@ -216,7 +225,7 @@ class Sampler:
     def _seeds(self, tasks: Sequence[Task]) -> list[tuple[int | str, ...]]:
         """(seed, kind, digest of the prompt, how many equal ones came before) of each task."""
         seen: Counter[tuple[int | str, ...]] = Counter()
-        seeds = []
+        seeds: list[tuple[int | str, ...]] = []
         for task in tasks:
             digest = hashlib.sha256(task.streams[-1].astype("<i8").tobytes()).hexdigest()[:12]
             key = (task.request.seed, task.kind, digest)
@@ -251,6 +260,6 @@ class _Writer:
 def _best(candidates: list[Sample]) -> Sample:
     """The candidate with the largest score, with the scores of all."""
     if len(candidates) == 1:
-        return replace(candidates[0], scores=())
+        return candidates[0]
     scores = tuple(candidate.scores[0] for candidate in candidates)
     return replace(candidates[int(np.argmax(scores))], scores=scores)

@@ -1,4 +1,4 @@
-"""What can be asked of a model: each task is a prompt of the training layout, a grammar, and a way to read the answer."""
+"""What can be asked of a model: a prompt of the training layout, a grammar, and a way to read what is written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
