@@ -170,13 +170,11 @@ class Sampler:
             batch = slice(start, start + self.batch_size)
             chosen = [tasks[i] for i, _, _ in rows[batch]]
             sampled = self._sample(chosen, keys[batch], settings)
-            scores = [(value,) for value in self._scores(chosen, sampled, scorer)] if best_of > 1 else [()] * len(chosen)
+            scores = self._scores(chosen, sampled, scorer) if best_of > 1 else [0.0] * len(chosen)
             written = zip(rows[batch], keys[batch], chosen, sampled, self._parts(chosen, sampled), scores, strict=True)
-            for (i, number, turn), key, task, new, parts, values in written:
-                likelihood = float(new.log_probability.sum())
-                candidates.append(
-                    Sample(i, number, parts, key, len(new.tokens), likelihood, values, task.num_retrieved)
-                )
+            for (i, number, turn), key, task, new, parts, value in written:
+                likelihood, length = float(new.log_probability.sum()), len(new.tokens)
+                candidates.append(Sample(i, number, parts, key, length, likelihood, (value,), task.num_retrieved))
                 if turn + 1 == best_of:
                     yield _best(candidates)
                     candidates = []
@@ -260,6 +258,6 @@ class _Writer:
 def _best(candidates: list[Sample]) -> Sample:
     """The candidate with the largest score, with the scores of all."""
     if len(candidates) == 1:
-        return candidates[0]
+        return replace(candidates[0], scores=())
     scores = tuple(candidate.scores[0] for candidate in candidates)
     return replace(candidates[int(np.argmax(scores))], scores=scores)
