@@ -111,14 +111,17 @@ def write_samples(
     """Write samples as they come, and print texts; returns their records."""
     g = run.config.generate
     labels = [one.text or str(one.picture) for one in asked]
-    streams = sys.stdout.isatty() and g.task in STREAMED and g.best_of == 1 and (
-        g.batch_size == 1 or len(asked) * g.num_samples == 1
-    )
+    total = len(asked) * g.num_samples
+    streams = sys.stdout.isatty() and g.task in STREAMED and g.best_of == 1 and 1 in (g.batch_size, total)
     if streams:
         run.sampler.stream = lambda piece: print(shown(piece), end="", flush=True)
-    records, rows = [], defaultdict[int, list[np.ndarray]](list)
+    records: list[dict[str, Any]] = []
+    rows = defaultdict[int, list[np.ndarray]](list)
     with nullcontext() if streams else show_progress(run.sampler, "sampling"):
-        for sample in samples:
+        while len(records) < total:
+            if streams:
+                print(f"{labels[len(records) // g.num_samples]}: ", end="", flush=True)
+            sample = next(samples)
             written = write_sample(folder, sample, labels[sample.prompt], g.task == "interleaved")
             records.append(_record(sample, asked[sample.prompt], labels[sample.prompt]) | written)
             if g.task in ("image", "infill_image") and sample.prompt < GRID_ROWS:
