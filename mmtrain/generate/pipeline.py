@@ -123,12 +123,7 @@ class Sampler:
             region=region,
             num_streams=num_streams,
         )
-        pictures = [request.picture for request in requests if request.picture is not None]
-        codes = iter(self.image.encode(np.stack(pictures))) if pictures else iter(())
-        return [
-            builder.build(kind, request if request.picture is None else replace(request, codes=next(codes)))
-            for request in requests
-        ]
+        return [builder.build(kind, self._encoded(request)) for request in requests]
 
     def draw(
         self,
@@ -181,6 +176,12 @@ class Sampler:
             if self.progress:
                 self.progress(start + len(chosen), len(rows))
 
+    def _encoded(self, request: Request) -> Request:
+        """One by one: in a batch convolutions round otherwise, and a code could depend on the other pictures."""
+        if request.picture is None:
+            return request
+        return replace(request, codes=self.image.encode(request.picture[None])[0])
+
     def _builder(self) -> TaskBuilder:
         return TaskBuilder(self.vocabulary, self.text, self.image, self.model.max_positions, self.order)
 
@@ -195,17 +196,18 @@ class Sampler:
         return sampled
 
     def _parts(self, tasks: Sequence[Task], sampled: Sequence[Sampled]) -> list[tuple[Part, ...]]:
-        """What was written, the codes of all pictures decoded together."""
-        read = [task.read(new.tokens) for task, new in zip(tasks, sampled, strict=True)]
-        codes = [part for parts in read for part in parts if not isinstance(part, str)]
-        pictures = iter(self.image.decode(np.stack(codes))) if codes else iter(())
-        written = []
-        for task, parts in zip(tasks, read, strict=True):
-            shown = [part if isinstance(part, str) else next(pictures) for part in parts]
-            if task.region is not None and task.request.picture is not None:
-                shown = [task.region.paste(part, task.request.picture) for part in shown if not isinstance(part, str)]
-            written.append(tuple(shown))
-        return written
+        """What was written; pictures as pixels, of which those outside a region are the request's."""
+
+        def picture(task: Task, codes: np.ndarray) -> np.ndarray:
+            pixels = self.image.decode(codes[None])[0]  # one by one, as they are encoded
+            if task.region is None or task.request.picture is None:
+                return pixels
+            return task.region.paste(pixels, task.request.picture)
+
+        return [
+            tuple(part if isinstance(part, str) else picture(task, part) for part in task.read(new.tokens))
+            for task, new in zip(tasks, sampled, strict=True)
+        ]
 
     def _scores(self, tasks: Sequence[Task], sampled: Sequence[Sampled], scorer: str) -> list[float]:
         if scorer == "likelihood":

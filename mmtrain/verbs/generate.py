@@ -16,6 +16,7 @@ import torch
 
 from mmtrain import __version__
 from mmtrain.config import GenerateConfig, UserError, fingerprint, write_text_atomic
+from mmtrain.documents.corpus import printable
 from mmtrain.flops import forward_flops
 from mmtrain.generate import DRAWING_TASKS, Request, Sample, SamplingSettings, check
 from mmtrain.track import closing_box
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> int:
         raise UserError("generate.retrieval_guidance needs retrieved documents, and there are none; set it to 0")
     tasks = run.sampler.tasks(g.task, requests, sampling, g.max_text_tokens, g.max_tokens, g.region)
     head = describe(run, asked, requests)
-    out = Path(g.out or run.folder / "samples" / f"{g.task}-step{run.checkpoint.step}-{head['command']}")
+    default = run.folder / "samples" / f"{g.task}-step{run.checkpoint.step}-{head['command']}"
+    out = Path(os.path.abspath(g.out or default))
     check_folder(out, head["command"])
     samples = run.sampler.draw(tasks, sampling, g.num_samples, g.best_of, scorer(g))
     with output_folder(out) as folder:
@@ -89,7 +91,12 @@ def describe(run: TrainedRun, asked: Sequence[Asked], requests: Sequence[Request
         "vocabulary": run.vocabulary.fingerprint,
         "task": g.task,
         "settings": {name: value for name, value in asdict(g).items() if name not in NOT_MEANT},
-        "made_with": {"mmtrain": __version__, "torch": torch.__version__, "device": run.sampler.image.device.type},
+        "made_with": {
+            "mmtrain": __version__,
+            "torch": torch.__version__,
+            "device": run.sampler.image.device.type,
+            "dtype": run.config.engine.dtype,
+        },
     }
     meant = [
         (one.text, request.seed, _digest([request.picture]), _digest(request.retrieved))
@@ -110,7 +117,7 @@ def write_samples(
 ) -> list[dict[str, Any]]:
     """Write samples as they come, and print texts; returns their records."""
     g = run.config.generate
-    labels = [one.text or str(one.picture) for one in asked]
+    labels = [printable(one.text or str(one.picture)) for one in asked]
     total = len(asked) * g.num_samples
     streams = sys.stdout.isatty() and g.task in STREAMED and g.best_of == 1 and 1 in (g.batch_size, total)
     if streams:
@@ -139,7 +146,7 @@ def write_samples(
 def _record(sample: Sample, asked: Asked, label: str) -> dict[str, Any]:
     return {
         "prompt": label,
-        **({"picture": asked.picture} if asked.text and asked.picture else {}),
+        **({"picture": printable(asked.picture)} if asked.text and asked.picture else {}),
         "number": sample.number,
         "seed": list(sample.key),
         "tokens": sample.num_tokens,
@@ -151,4 +158,4 @@ def _record(sample: Sample, asked: Asked, label: str) -> dict[str, Any]:
 
 def shown(text: str) -> str:
     """Text of a model for a terminal: no control characters, which could give it orders."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

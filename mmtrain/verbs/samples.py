@@ -39,9 +39,11 @@ def check_folder(final: Path, command: str) -> None:
 @contextmanager
 def output_folder(final: Path) -> Iterator[Path]:
     """A hidden folder beside `final` to write into; its files then go to `final`, all or, after an error, none."""
-    final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{os.path.relpath(final)} cannot be written ({error}); give another generate.out") from error
     try:
         yield partial
         sync_tree(partial)

@@ -81,9 +81,10 @@ def test_the_same_command_writes_the_same_bytes_into_its_own_folder() -> None:
 
 
 def test_a_prompt_is_the_same_alone_and_among_others() -> None:
-    many = generate("two", "a red circle", "a blue square", "generate.num_samples=2", "generate.batch_size=5", out="many")
+    words = ["two", "a red circle", "a blue square"]
+    many = generate(*words, "generate.num_samples=2", "generate.batch_size=5", out="many")
     one = generate("a red circle", "generate.num_samples=2", out="one")
-    assert [s["prompt"] for s in many["samples"]] == ["two"] * 2 + ["a red circle"] * 2 + ["a blue square"] * 2
+    assert [s["prompt"] for s in many["samples"]] == [word for word in words for _ in range(2)]
     for a, b in zip(many["samples"][2:4], one["samples"], strict=True):
         assert Path("many", a["file"]).read_bytes() == Path("one", b["file"]).read_bytes()
         assert a["seed"] == b["seed"] and a["log_probability"] == pytest.approx(b["log_probability"], abs=1e-3)
@@ -91,13 +92,14 @@ def test_a_prompt_is_the_same_alone_and_among_others() -> None:
 
 def test_prompts_come_from_lines_and_from_stdin_with_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = '\ufefftwo = 2\n\n{"prompt": "a red circle", "seed": 5}\r\n{"prompt": "a red circle"}\n'
+    lines += '{"prompt": "\\ud800"}\n'
     Path("prompts.txt").write_text(lines, encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     few = "generate.num_samples=1"
     read = generate("generate.prompts_file=prompts.txt", few, out="read")
     piped = generate("generate.prompts_file=-", few, out="piped")
     assert [(s["prompt"], s["seed"][0]) for s in read["samples"]] == [
-        ("two = 2", 0), ("a red circle", 5), ("a red circle", 0),
+        ("two = 2", 0), ("a red circle", 5), ("a red circle", 0), ("?", 0),
     ]  # fmt: skip
     assert piped["samples"] == read["samples"]
     quoted = generate('generate.prompts=["two = 2"]', few, out="quoted")
@@ -196,9 +198,10 @@ BAD = [
     (["generate.task=question", "a", "b", "c", "generate.pictures=[red.png,blue.png]"], "has 2 files for 3 prompts"),
     (["generate.task=question"], "generate.task=question needs prompts"),
     (["generate.task=infill_text", "a red circle"], "prompt 1 has no [MASK]"),
-    (["generate.task=infill_image", "generate.pictures=[red.png]"], "generate.region=[] must be [left,top,right,bottom]"),
-    (["generate.task=infill_image", "generate.pictures=[red.png]", "generate.region=[0,0,9,99]"], "is no rectangle inside"),
+    (["generate.task=infill_image", "generate.pictures=[red.png]"], "region=[] must be [left,top,right,bottom]"),
+    (["generate.task=infill_image", "generate.pictures=[red.png]", "generate.region=[0,0,9,99]"], "is no rectangle"),
     (["a", "generate.region=[0,0,8,8]"], "generate.region is for generate.task=infill_image, not image"),
+    (["a", "generate.out=red.png/under"], "red.png/under cannot be written"),
     (["a", " "], "prompt 2 is empty; write a caption"),
     (["very long " * 100], "exceed the model's 128 positions"),
     (["a", "generate.prompts=[b]"], "prompts come from words and generate.prompts; use one of them"),
@@ -213,7 +216,7 @@ BAD = [
     (["a", "generate.guidance=2", "generate.contrastive_k=3"], "give one"),
     (["generate.task=caption", "red.png", "generate.contrastive_k=3"], "generate.contrastive_k is for generate.task="),
     (["a", "generate.top_p=0"], "top_p=0.0 keeps no token"),
-    (["a", "generate.retrieval_guidance=2", "generate.retrieve=false"], "needs retrieved documents, and there are none"),
+    (["a", "generate.retrieval_guidance=2", "generate.retrieve=false"], "needs retrieved documents"),
     (["a", "generate.examples=[red.png]"], "an example is PICTURE=CAPTION"),
     (["a", "generate.examples=['red.png=" + "long " * 200 + "']"], "give fewer or shorter examples"),
     (["generate.task=caption", "red.png", "generate.scorer=caption"], "generate.scorer=caption judges a drawn picture"),
