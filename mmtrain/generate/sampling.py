@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.config import UserError
@@ -18,6 +17,7 @@ from mmtrain.generate.drawing import draw
 from mmtrain.generate.grammar import END, Automaton, Grammar
 from mmtrain.generate.guidance import SamplingSettings, check, contrasted, guided
 from mmtrain.models import Decoder, KVCache
+from mmtrain.models.linear import linear
 from mmtrain.objective import NO_CELL, picture_cells
 
 ENDED = -1  # stands in the rows that have ended
@@ -186,7 +186,7 @@ class _Batch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One id per sequence: (B,) places, ids (ENDED after the end) and log probabilities."""
         a = self.automaton
-        logits_SBU = F.linear(hidden_RD, model.head.weight[a.low : a.high]).float()[self.row_SB]
+        logits_SBU = linear(hidden_RD, model.head.weight[a.low : a.high]).float()[self.row_SB]
         full_BU = logits_SBU[-1]
         forbidden_BU = None if a.always else ~a.allowed(self.state_B, self.most_B - step)
         if forbidden_BU is not None:

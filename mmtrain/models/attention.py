@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmtrain.config import ModelConfig
 from mmtrain.models.cache import KVCache
+from mmtrain.models.linear import Linear
 
 
 def document_mask(document_BS: Tensor) -> Tensor:
@@ -131,8 +132,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         K, H, G = config.head_size, config.heads, config.num_kv_heads
         self.heads, self.kv_heads, self.head_size = H, G, K
-        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, (H + 2 * G) * K)
+        self.out = Linear(config.width, config.width)
         self.qk_norm = QKNorm(H + G, K, config.norm_eps) if has_qk_norm else None
 
     def forward(
