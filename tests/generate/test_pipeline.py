@@ -15,7 +15,7 @@ from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 SIZE, GRID, CELL = 32, 4, 8
 WORDS = "a red circle and two blue squares"
 GUIDED = SamplingSettings(guidance=2.0)
-BOX = (8, 8, 24, 32)  # columns 1 and 2 of rows 1 to 3
+BOX = (9, 15, 17, 25)  # widened to whole codes: columns 1 and 2 of rows 1 to 3
 
 
 def new_sampler(batch_size: int, order: str = "text_first", positions: int = 96) -> Sampler:
@@ -109,6 +109,19 @@ def test_the_words_of_a_masked_caption_stay(sampler: Sampler) -> None:
     red, two = ([v.text_start + id for id in sampler.text.encode(word)] for word in (" red", " two"))
     new = np.array([*red, v.eoss, v.sentinel_start + 1, *two, v.eoss])
     assert task.read(new) == ["a red circle and two blue squares"]
+
+
+def test_a_run_with_pictures_first_is_asked_in_its_order(pictures: np.ndarray) -> None:
+    sampler = new_sampler(1, "image_first")
+    v = sampler.vocabulary
+    codes = [v.image_start + int(code) for code in sampler.image.encode(pictures[:1])[0]]
+    red, circle = ([v.text_start + id for id in sampler.text.encode(word)] for word in (" red", " circle"))
+    (task,) = sampler.tasks("infill_text", [Request("[MASK] circle", pictures[0])], GUIDED)
+    assert task.streams[0].tolist() == [v.eos, *codes, v.brk, v.sentinel_start, *circle, v.eos, v.sentinel_start]
+    assert task.read(np.array([*red, v.eoss])) == [" red circle"]
+    (task,) = sampler.tasks("caption", [Request(picture=pictures[0])], GUIDED)
+    assert task.streams[0].tolist() == [v.eos, *codes, v.brk]
+    assert (task.grammar.class_of == task.grammar.class_of[v.eos]).sum() == 1  # <eos> ends it
 
 
 def test_streams_of_guidance(sampler: Sampler, pictures: np.ndarray) -> None:
