@@ -16,6 +16,7 @@ import torch
 
 from mmtrain import __version__
 from mmtrain.config import GenerateConfig, UserError, fingerprint, write_text_atomic
+from mmtrain.config.artifact import FINGERPRINT_LENGTH
 from mmtrain.documents.corpus import printable
 from mmtrain.flops import forward_flops
 from mmtrain.generate import DRAWING_TASKS, Request, Sample, SamplingSettings, check
@@ -89,6 +90,8 @@ def describe(run: TrainedRun, asked: Sequence[Asked], requests: Sequence[Request
         "checkpoint": f"{run.folder.name}/{run.checkpoint.path.name}",
         "checkpoint_fingerprint": run.checkpoint_fingerprint,
         "vocabulary": run.vocabulary.fingerprint,
+        "text_tokenizer": run.text.fingerprint,
+        "image_tokenizer": run.image.fingerprint[:FINGERPRINT_LENGTH],
         "task": g.task,
         "settings": {name: value for name, value in asdict(g).items() if name not in NOT_MEANT},
         "made_with": {
@@ -99,7 +102,7 @@ def describe(run: TrainedRun, asked: Sequence[Asked], requests: Sequence[Request
         },
     }
     meant = [
-        (one.text, request.seed, _digest([request.picture]), _digest(request.retrieved))
+        (one.text, one.picture, request.seed, _digest([request.picture]), _digest(request.retrieved))
         for one, request in zip(asked, requests, strict=True)
     ]
     return {"command": fingerprint(head, meant)} | head
