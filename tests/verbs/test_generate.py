@@ -70,8 +70,8 @@ def test_the_same_command_writes_the_same_bytes_into_its_own_folder() -> None:
     before = files(first)
     assert cli.main(words) == 0
     assert list(samples.iterdir()) == [first] and files(first) == before
-    assert cli.main([*words, "generate.seed=1"]) == 0
-    assert len(list(samples.iterdir())) == 2 and files(first) == before
+    assert cli.main([*words, "generate.seed=1"]) == cli.main([words[0], "a green circle", *words[2:]]) == 0
+    assert len(list(samples.iterdir())) == 3 and files(first) == before
     record = json.loads(before["samples.json"])
     assert {sample["file"] for sample in record["samples"]} | {"grid.png", "samples.json"} == set(before)
     assert record["checkpoint"] == "smoke/step-00000007"
