@@ -33,5 +33,5 @@ def linear(x: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x, weight_ED)
     x_ND = x.reshape(N, D)
     if N == 1:
-        x_ND = x_ND.repeat(2, 1)
+        x_ND = torch.cat([x_ND, x_ND])
     return (weight_ED @ x_ND.t())[:, :N].t().reshape(*x.shape[:-1], E)
