@@ -198,8 +198,7 @@ class Automaton:
             following[-1][following[-1] != END] += end - 1
             end += states
         allow_NC = np.concatenate(allow)
-        is_used: np.ndarray = allow_NC.any(axis=0)
-        used = np.flatnonzero(is_used[class_of])
+        used = np.flatnonzero(np.isin(class_of, np.argwhere(allow_NC)[:, 1]))
         low, high = int(used[0]), int(used[-1]) + 1
         class_of = class_of[low:high]
 

@@ -233,8 +233,14 @@ class _Batch:
 
 def _streams(prompt: Prompt, settings: SamplingSettings) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and cells of the streams that count: the last one alone where nothing is guided."""
-    first = 0 if settings.is_guided and prompt.grammar.is_drawing.any() else len(prompt.streams) - 1
-    return list(zip(prompt.streams[first:], prompt.cells[first:], strict=True))
+    streams = list(zip(prompt.streams, prompt.cells, strict=True))
+    if not (settings.is_guided and prompt.grammar.is_drawing.any()):
+        return streams[-1:]
+    if settings.contrastive_k and len(streams) == 1:
+        raise UserError("contrastive_k needs an unconditional stream beside the prompt; set contrastive_k=0")
+    if len(streams) == 3 and not (settings.contrastive_k or settings.retrieval_guidance):
+        raise ValueError("three streams need retrieval_guidance")
+    return streams
 
 
 def _check_length(model: Decoder, prompt: Prompt) -> None:
