@@ -8,7 +8,7 @@ the same sample alone and in a batch.
 from mmtrain.generate.grammar import Grammar
 from mmtrain.generate.guidance import SamplingSettings, check
 from mmtrain.generate.pipeline import Sample, Sampler
-from mmtrain.generate.sampling import Prompt, Sampled, sample, sample_tokens
+from mmtrain.generate.sampling import Prompt, Sampled, sample
 from mmtrain.generate.scoring import score
 from mmtrain.generate.tasks import DRAWING_TASKS, MASK, Request, Task, TaskBuilder
 
@@ -26,6 +26,5 @@ __all__ = [
     "TaskBuilder",
     "check",
     "sample",
-    "sample_tokens",
     "score",
 ]
