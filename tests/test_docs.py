@@ -92,7 +92,8 @@ def check_command(words: list[str]) -> None:
 
         assert others[1] in {baseline.id for baseline in load_registry()}
         return
-    assert set(others) <= allowed, others
+    # Words of `mmtrain generate` are prompts, whatever they are.
+    assert verb == "generate" or set(others) <= allowed, others
     if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):
         settings = [word for word in settings if word.partition("=")[0] not in ("run", "root", "name")]
         with_overrides(defaults(), settings)

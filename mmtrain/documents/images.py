@@ -12,7 +12,8 @@ from mmtrain.documents.document import Image
 
 # Only these decoders run: the others (EPS starts Ghostscript, PSD, TIFF, ...) widen what a stranger can reach.
 FORMATS = ("JPEG", "PNG", "WEBP")
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# MPO is how Pillow names a JPEG with more pictures behind the first one, as many phones write it.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 WHITE = (255, 255, 255)
 
@@ -71,8 +72,10 @@ def image_from_bytes(data: bytes, max_pixels: int) -> Image:
 def _rgb_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Any mode to RGB: 16 bits scaled to 8, palettes and CMYK converted, transparency laid over white."""
     if picture.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip at 255 instead of scaling
-        levels = np.asarray(picture).astype(np.int64) >> 8
-        return PIL.Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+        levels = np.asarray(picture).astype(np.int64)
+        gray = np.clip(levels >> 8, 0, 255)
+        gray[levels == picture.info.get("transparency", -1)] = 255
+        return PIL.Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         canvas = PIL.Image.new("RGB", picture.size, WHITE)

@@ -1,10 +1,30 @@
-"""Sampling: prompts of token ids go in, text and pictures come out, always well-formed.
+"""Generation: requests go in, text and pictures come out, always well-formed.
 
-A grammar decides which ids each position may take, so that an image block has exactly the right number of
-codes. Each sample draws from its own random stream: the same seed gives the same sample alone and in a batch.
+A task is a prompt of the training layout with a grammar, which decides which ids each position may take, so that an
+image block has exactly the right number of codes. Each sample draws from its own random stream: the same seed gives
+the same sample alone and in a batch.
 """
 
-from mmtrain.generate.pipeline import Drawn, Sampler, Written
-from mmtrain.generate.sampling import SamplingSettings, sample_tokens
+from mmtrain.generate.grammar import Grammar
+from mmtrain.generate.guidance import SamplingSettings, check
+from mmtrain.generate.pipeline import Sample, Sampler
+from mmtrain.generate.sampling import Prompt, Sampled, sample
+from mmtrain.generate.scoring import score
+from mmtrain.generate.tasks import DRAWING_TASKS, MASK, Request, Task, TaskBuilder
 
-__all__ = ["Drawn", "Sampler", "SamplingSettings", "Written", "sample_tokens"]
+__all__ = [
+    "DRAWING_TASKS",
+    "MASK",
+    "Grammar",
+    "Prompt",
+    "Request",
+    "Sample",
+    "Sampled",
+    "Sampler",
+    "SamplingSettings",
+    "Task",
+    "TaskBuilder",
+    "check",
+    "sample",
+    "score",
+]

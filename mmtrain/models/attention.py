@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from mmtrain.config import ModelConfig
 from mmtrain.models.cache import KVCache
+from mmtrain.models.linear import Linear
 from mmtrain.models.packing import Packing
 
 
@@ -139,8 +140,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         K, H, G = config.head_size, config.heads, config.num_kv_heads
         self.heads, self.kv_heads, self.head_size = H, G, K
-        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, (H + 2 * G) * K)
+        self.out = Linear(config.width, config.width)
         self.qk_norm = QKNorm(H + G, K, config.norm_eps) if has_qk_norm else None
 
     def forward(
@@ -151,7 +152,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D); with a cache the mask of `packing` is (B, 1, S, T) over all positions so far."""
+        """(B, S, D) to (B, S, D); with a cache the mask of `packing` is that of `KVCache.attend`."""
         H, G = self.heads, self.kv_heads
         qkv_BSHK = self.qkv(x_BSD).unflatten(2, (H + 2 * G, self.head_size))
         if self.qk_norm is not None or rotary is not None:
@@ -164,6 +165,4 @@ class SelfAttention(nn.Module):
         if cache is None:
             return self.out(attend(qkv_BSHK, G, packing).flatten(2))
         q, k, v = qkv_BSHK.transpose(1, 2).split((H, G, G), dim=1)
-        k, v = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, enable_gqa=G != H)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(cache.attend(layer, q, k, v, packing.mask).transpose(1, 2).flatten(2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmtrain.config import ModelConfig
 from mmtrain.models.attention import SelfAttention
 from mmtrain.models.decoder import Block, Decoder
+from mmtrain.models.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -21,8 +22,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.wide = nn.Linear(config.width, config.feed_forward_width, bias=False)
-        self.out = nn.Linear(config.feed_forward_width, config.width, bias=False)
+        self.wide = Linear(config.width, config.feed_forward_width)
+        self.out = Linear(config.feed_forward_width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:

@@ -149,17 +149,23 @@ class Decoder(nn.Module, ABC):
         c = self.config
         return KVCache.empty(c.layers, batch, c.num_kv_heads, capacity, c.head_size, self.token_embedding.weight)
 
-    def decode(self, tokens: Tensor, position: Tensor, cell: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) after the last of the new positions; the cache grows by them.
+    def decode(self, tokens: Tensor, position: Tensor, cell: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Logits (B, V) after the last of the new positions; arguments as of `extend`."""
+        return self.head(self.extend(tokens, position, cell, cache, mask)[:, -1:])[:, 0]
 
-        tokens, position, cell: (B, S) of the new positions; mask: (B, 1, S, T) bool over all T positions so far.
+    def extend(
+        self, tokens: Tensor, position: Tensor, cell: Tensor, cache: KVCache, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, S, D) before the head, of new positions by which the cache grows.
+
+        tokens, position, cell: (B, S) of the new positions; mask: as in `KVCache.attend`.
         """
         x_BSD, rotary = self._embed(tokens, position, cell)
         packing = Packing(mask)
         for layer, block in enumerate(self.blocks):
             x_BSD = block(x_BSD, packing, rotary, cache, layer)
         cache.length += tokens.shape[1]
-        return self.head(self.final_norm(x_BSD[:, -1:]))[:, 0]
+        return self.final_norm(x_BSD)
 
     def _hidden(self, tokens: Tensor, packing: Packing, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, D) before the head."""

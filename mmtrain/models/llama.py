@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmtrain.config import ModelConfig
 from mmtrain.models.attention import SelfAttention
 from mmtrain.models.decoder import Block, Decoder
+from mmtrain.models.linear import Linear
 
 
 class GatedFeedForward(nn.Module):
@@ -16,8 +17,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.wide = nn.Linear(config.width, 2 * config.feed_forward_width, bias=False)
-        self.out = nn.Linear(config.feed_forward_width, config.width, bias=False)
+        self.wide = Linear(config.width, 2 * config.feed_forward_width)
+        self.out = Linear(config.feed_forward_width, config.width)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.wide(x_BSD).chunk(2, dim=-1)

@@ -10,7 +10,13 @@ from mmtrain.objective.assemble import arrange, assemble
 from mmtrain.objective.causal import causal
 from mmtrain.objective.cells import NO_CELL, picture_cells
 from mmtrain.objective.cm3 import cm3, rotate, unrotate
-from mmtrain.objective.prompts import caption_prompt, text_to_image_prompt, unconditional_image_prompt
+from mmtrain.objective.prompts import (
+    caption_prompt,
+    infill_prompt,
+    pair,
+    text_to_image_prompt,
+    unconditional_image_prompt,
+)
 from mmtrain.objective.sequence import TrainingSequence
 from mmtrain.objective.training import training_sequences
 
@@ -22,6 +28,8 @@ __all__ = [
     "caption_prompt",
     "causal",
     "cm3",
+    "infill_prompt",
+    "pair",
     "picture_cells",
     "rotate",
     "text_to_image_prompt",

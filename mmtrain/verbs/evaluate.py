@@ -18,8 +18,8 @@ from mmtrain.tokens import MODALITIES
 from mmtrain.track import closing_box
 from mmtrain.train.loop import model_inputs
 from mmtrain.train.worker import open_stream
-from mmtrain.verbs.generate import picture_grid
 from mmtrain.verbs.progress import Bar
+from mmtrain.verbs.samples import picture_grid
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
 GRID = 32

@@ -1,116 +1,164 @@
-"""`mmtrain generate`: pictures for captions, captions for pictures."""
+"""`mmtrain generate`: pictures for captions, captions and answers for pictures, gaps filled, pages gone on with."""
 
+import hashlib
 import json
 import os
-import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PillowImage
-from PIL import ImageDraw
+import torch
 
-from mmtrain.config import UserError, write_text_atomic
-from mmtrain.documents import BadImage, decode_square, image_from_bytes
+from mmtrain import __version__
+from mmtrain.config import GenerateConfig, UserError, fingerprint, write_text_atomic
+from mmtrain.config.artifact import FINGERPRINT_LENGTH
+from mmtrain.documents.corpus import printable
 from mmtrain.flops import forward_flops
-from mmtrain.generate import SamplingSettings
+from mmtrain.generate import DRAWING_TASKS, Request, Sample, SamplingSettings, check
 from mmtrain.track import closing_box
+from mmtrain.verbs.prompts import Asked, held_out, read_prompts, split_words, to_requests
+from mmtrain.verbs.samples import GRID, GRID_ROWS, RECORD, check_folder, output_folder, picture_grid, write_sample
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
-ZOOM_TO = 192
-CAPTION_HEIGHT = 30
+FOR_PICTURES = ("guidance", "guidance_schedule", "retrieval_guidance", "contrastive_k", "contrastive_alpha")
+"""Settings that count where image tokens are written."""
+NOT_MEANT = ("prompts", "prompts_file", "pictures", "out", "batch_size")
+"""Settings that do not change what a sample is, or stand in its own record."""
+STREAMED = ("caption", "question", "interleaved")
 
 
 def main(argv: list[str]) -> int:
-    """Sample what generate.prompts asks for (default: the first held-out documents) into RUN/samples."""
-    run = open_trained(argv)
+    """Sample what the words ask for (default: the first held-out documents) into a folder below RUN/samples."""
+    words, settings = split_words(argv)
+    run = open_trained(settings)
     g = run.config.generate
-    out = Path(g.out) if g.out else run.folder / "samples" / f"{g.task}-step{run.checkpoint.step}-seed{g.seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    samples = draw(run, out) if g.task == "image" else caption(run)
-    record = {
-        "checkpoint": f"{run.folder.name}/{run.checkpoint.path.name}",
-        "vocabulary": run.vocabulary.fingerprint,
-        "task": g.task,
-        "seed": g.seed,
-        "settings": {"temperature": g.temperature, "top_p": g.top_p, "guidance": g.guidance},
-        "samples": samples,
-    }
-    write_text_atomic(out / "samples.json", json.dumps(record, indent=1, ensure_ascii=False))
-    places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / "samples.json")}
-    if g.task == "image":
-        places["grid"] = os.path.relpath(out / "grid.png")
-    closing_box(f"{len(samples)} samples of {record['checkpoint']}", places)
+    sampling = sampling_settings(g, {word.partition("=")[0] for word in settings})
+    asked = read_prompts(g, words) or held_out(run)
+    requests = to_requests(run, asked)
+    if g.retrieval_guidance and not any(request.retrieved for request in requests):
+        raise UserError("generate.retrieval_guidance needs retrieved documents, and there are none; set it to 0")
+    tasks = run.sampler.tasks(g.task, requests, sampling, g.max_text_tokens, g.max_tokens, g.region)
+    head = describe(run, asked, requests)
+    default = run.folder / "samples" / f"{g.task}-step{run.checkpoint.step}-{head['command']}"
+    out = Path(os.path.abspath(g.out or default))
+    check_folder(out, head["command"])
+    samples = run.sampler.draw(tasks, sampling, g.num_samples, g.best_of, scorer(g))
+    with output_folder(out) as folder:
+        records = write_samples(run, asked, samples, folder)
+        record = head | {"samples": records}
+        write_text_atomic(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths))
+    places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / RECORD)}
+    if (out / GRID).exists():
+        places["grid"] = os.path.relpath(out / GRID)
+    closing_box(f"{len(records)} samples of {head['checkpoint']}", places)
     return 0
 
 
-def draw(run: TrainedRun, out: Path) -> list[dict[str, Any]]:
-    """Pictures for captions, as PNG files and a grid; returns their records."""
+def sampling_settings(g: GenerateConfig, given: set[str]) -> SamplingSettings:
+    """The sampling settings of the section; given: keys that this command sets.
+
+    Raises UserError for settings that contradict each other or the task.
+    """
+    settings = SamplingSettings(**{field.name: getattr(g, field.name) for field in fields(SamplingSettings)})
+    check(settings)
+    if {"generate.guidance", "generate.contrastive_k"} <= given and g.guidance != 1 and g.contrastive_k:
+        raise UserError("generate.guidance and generate.contrastive_k use one condition in two ways; give one")
+    belongs = dict.fromkeys(FOR_PICTURES, DRAWING_TASKS) | {"region": ("infill_image",), "max_tokens": ("interleaved",)}
+    for key, tasks in belongs.items():
+        if f"generate.{key}" in given and g.task not in tasks:
+            raise UserError(f"generate.{key} is for generate.task={' or '.join(tasks)}, not {g.task}; leave it out")
+    if "generate.scorer" in given and g.scorer != scorer(g):
+        raise UserError(f"generate.scorer=caption judges a drawn picture; use likelihood with generate.task={g.task}")
+    return settings
+
+
+def scorer(g: GenerateConfig) -> str:
+    """The scorer of generate.best_of: the one that is set where there is a picture of a caption to judge."""
+    return g.scorer if g.task in ("image", "infill_image") else "likelihood"
+
+
+def describe(run: TrainedRun, asked: Sequence[Asked], requests: Sequence[Request]) -> dict[str, Any]:
+    """What the record says of all samples together; `command` is the same for commands that give the same samples."""
     g = run.config.generate
-    captions = list(g.prompts) or [document.texts[0] for document in run.held_out(4) if document.texts]
-    settings = SamplingSettings(g.temperature, g.top_p, g.guidance)
-    retrieved = run.retrieved(captions)
-    with show_progress(run.sampler, "drawing"):
-        samples = run.sampler.images(captions, settings, g.seed, g.num_samples, retrieved)
-    records = []
-    for sample in samples:
-        words = re.sub("[^a-z0-9]+", "-", captions[sample.prompt].lower())[:40]
-        name = f"{sample.prompt:03d}-{sample.number:02d}-{words}.png"
-        PillowImage.fromarray(sample.pixels).save(out / name)
-        records.append({"prompt": captions[sample.prompt], "number": sample.number, "file": name})
-    rows = [[s.pixels for s in samples if s.prompt == index] for index in range(len(captions))]
-    picture_grid(rows, captions).save(out / "grid.png")
-    guided = 2 if g.guidance != 1 else 1
-    longest = run.sampler.image.tokens_per_image + max(len(run.text.encode(c)) for c in captions) + 2
-    longest += max(sum(len(ids) + 1 for ids in documents) for documents in retrieved) if retrieved else 0
-    lengths = [longest] * (guided * len(samples))
-    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, lengths))
+    head = {
+        "checkpoint": f"{run.folder.name}/{run.checkpoint.path.name}",
+        "checkpoint_fingerprint": run.checkpoint_fingerprint,
+        "vocabulary": run.vocabulary.fingerprint,
+        "text_tokenizer": run.text.fingerprint,
+        "image_tokenizer": run.image.fingerprint[:FINGERPRINT_LENGTH],
+        "task": g.task,
+        "settings": {name: value for name, value in asdict(g).items() if name not in NOT_MEANT},
+        "made_with": {
+            "mmtrain": __version__,
+            "torch": torch.__version__,
+            "device": run.sampler.image.device.type,
+            "dtype": run.config.engine.dtype,
+        },
+    }
+    meant = [
+        (one.text, one.picture, request.seed, _digest([request.picture]), _digest(request.retrieved))
+        for one, request in zip(asked, requests, strict=True)
+    ]
+    return {"command": fingerprint(head, meant)} | head
+
+
+def _digest(arrays: Sequence[np.ndarray | None]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+def write_samples(
+    run: TrainedRun, asked: Sequence[Asked], samples: Iterator[Sample], folder: Path
+) -> list[dict[str, Any]]:
+    """Write samples as they come, and print texts; returns their records."""
+    g = run.config.generate
+    labels = [printable(one.text or str(one.picture)) for one in asked]
+    total = len(asked) * g.num_samples
+    streams = sys.stdout.isatty() and g.task in STREAMED and g.best_of == 1 and 1 in (g.batch_size, total)
+    if streams:
+        run.sampler.stream = lambda piece: print(shown(piece), end="", flush=True)
+    records: list[dict[str, Any]] = []
+    rows = defaultdict[int, list[np.ndarray]](list)
+    with nullcontext() if streams else show_progress(run.sampler, "sampling"):
+        while len(records) < total:
+            if streams:
+                print(f"{labels[len(records) // g.num_samples]}: ", end="", flush=True)
+            sample = next(samples)
+            written = write_sample(folder, sample, labels[sample.prompt], g.task == "interleaved")
+            records.append(_record(sample, asked[sample.prompt], labels[sample.prompt]) | written)
+            if g.task in ("image", "infill_image") and sample.prompt < GRID_ROWS:
+                rows[sample.prompt].append(sample.pixels)
+            if streams:
+                print()
+    if rows:
+        picture_grid(list(rows.values()), labels).save(folder / GRID)
+    elif not streams:
+        for record in records:
+            print(f"{record['prompt']}: {shown(record['text'])}")
     return records
 
 
-def caption(run: TrainedRun) -> list[dict[str, Any]]:
-    """Captions for pictures, printed; returns their records."""
-    g, size = run.config.generate, run.config.corpus.image_size
-    if g.prompts:
-        names = list(g.prompts)
-        pictures = [_read(Path(name), size, run.config.corpus.max_pixels) for name in names]
-    else:
-        documents = [document for document in run.held_out(4) if document.images]
-        names = [document.id for document in documents]
-        pictures = [decode_square(document.images[0].data, size) for document in documents]
-    retrieved = run.retrieved(pictures)
-    settings = SamplingSettings(g.temperature, g.top_p)
-    with show_progress(run.sampler, "captioning"):
-        samples = run.sampler.captions(
-            np.stack(pictures), settings, g.seed, g.num_samples, g.max_text_tokens, retrieved
-        )
-    for sample in samples:
-        print(f"{names[sample.prompt]}: {sample.text}")
-    lengths = [run.image.tokens_per_image + g.max_text_tokens] * len(samples)
-    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, lengths))
-    return [{"prompt": names[s.prompt], "number": s.number, "text": s.text} for s in samples]
+def _record(sample: Sample, asked: Asked, label: str) -> dict[str, Any]:
+    return {
+        "prompt": label,
+        **({"picture": printable(asked.picture)} if asked.text and asked.picture else {}),
+        "number": sample.number,
+        "seed": list(sample.key),
+        "tokens": sample.num_tokens,
+        "log_probability": sample.log_probability,
+        **({"scores": list(sample.scores)} if sample.scores else {}),
+        "retrieved": sample.num_retrieved,
+    }
 
 
-def picture_grid(rows: list[list[np.ndarray]], captions: list[str]) -> PillowImage.Image:
-    """Rows of (S, S, 3) uint8 pictures, enlarged, each row under its caption."""
-    zoom = max(1, ZOOM_TO // rows[0][0].shape[0])
-    side = rows[0][0].shape[0] * zoom
-    columns = max(len(row) for row in rows)
-    grid = PillowImage.new(
-        "RGB", (max(columns * (side + 8), 480) + 8, len(rows) * (side + CAPTION_HEIGHT + 8)), "white"
-    )
-    pen = ImageDraw.Draw(grid)
-    for index, (row, words) in enumerate(zip(rows, captions, strict=True)):
-        top = index * (side + CAPTION_HEIGHT + 8)
-        pen.text((8, top + 8), words[:100], fill="black", font_size=15)
-        for column, pixels in enumerate(row):
-            enlarged = PillowImage.fromarray(pixels).resize((side, side), PillowImage.Resampling.NEAREST)
-            grid.paste(enlarged, (8 + column * (side + 8), top + CAPTION_HEIGHT))
-    return grid
-
-
-def _read(path: Path, size: int, max_pixels: int) -> np.ndarray:
-    try:
-        return decode_square(image_from_bytes(path.read_bytes(), max_pixels).data, size)
-    except (OSError, BadImage) as error:
-        raise UserError(f"picture {path} cannot be read ({error}); give PNG, JPEG or WebP files") from error
+def shown(text: str) -> str:
+    """Text of a model for a terminal: no control characters, which could give it orders."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

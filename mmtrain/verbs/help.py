@@ -6,7 +6,7 @@ VERBS: dict[str, str] = {
     "tokenizer": "train the text or the image tokenizer",
     "retrieval": "find the neighbours of every document",
     "train": "train a run, or go on with it; prepares what is missing",
-    "generate": "draw pictures from captions, or caption pictures",
+    "generate": "draw and caption pictures, answer questions, fill gaps",
     "evaluate": "measure a run on held-out data",
     "flops": "compute of published models, of a configuration, of a run",
     "report": "write report.html of a run",
@@ -115,17 +115,26 @@ Example: four processes with ZeRO 3; two hosts
   mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=launch/hostfile.example
 """,
     "generate": """\
-mmtrain generate 'generate.prompts=[a caption]' [settings]
+mmtrain generate [PROMPT ...] [settings]
 
-Draws pictures for captions from a checkpoint, or captions pictures; writes the files, and a grid with the
-prompts, to RUN/samples. Without prompts it takes the first held-out documents. The run is the last one that
-was trained, or the one of run=FOLDER, name=NAME or experiment=NAME.
+Samples from a checkpoint. Prompts are words, lines of generate.prompts_file=FILE (- is stdin), or the list
+generate.prompts; without any it takes the first held-out documents. The run is the last one that was
+trained, or the one of run=FOLDER, name=NAME or experiment=NAME. generate.task says what is made:
+  image          a picture for each caption (the default)
+  caption        a caption for each picture file
+  question       an answer to each question about generate.pictures
+  infill_text    the words for every [MASK], with or without generate.pictures
+  infill_image   generate.region of generate.pictures drawn anew; the prompt is its caption, if any
+  interleaved    text and pictures that go on from each prompt, as Markdown
+Pictures, a grid, and samples.json (prompt, seed, settings, fingerprints, scores) go to a folder of their own
+below RUN/samples; the same command writes the same bytes.
 
-Example: pictures for two captions (a list is written [one,two]; the quotes are for the shell)
-  mmtrain generate 'generate.prompts=[a red circle,two blue squares]' generate.num_samples=8 generate.guidance=4
+Example: pictures for two captions; the best of four candidates each
+  mmtrain generate "a red circle" "two blue squares" generate.num_samples=2 generate.best_of=4
 
-Example: captions for pictures
-  mmtrain generate generate.task=caption 'generate.prompts=[cat.png,dog.jpg]' run=runs/quickstart
+Example: captions for pictures; a question about one
+  mmtrain generate generate.task=caption cat.png dog.jpg run=runs/quickstart
+  mmtrain generate generate.task=question "What is on the table?" generate.pictures=[table.jpg]
 """,
     "evaluate": """\
 mmtrain evaluate [task=shapes|loss] [settings]

@@ -1,5 +1,6 @@
 """Opening a trained run: its frozen config with the command's changes, its data, and its model ready to sample."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from mmtrain.config import Config, UserError
+from mmtrain.config.artifact import FINGERPRINT_LENGTH
 from mmtrain.config.compose import compose, load_frozen, with_overrides
 from mmtrain.documents import Document
 from mmtrain.flops import Ledger
@@ -16,7 +18,7 @@ from mmtrain.generate import Sampler
 from mmtrain.retrieval import Memory
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
-from mmtrain.train.checkpoint import Checkpoint, latest_checkpoint, load_model, read_checkpoint
+from mmtrain.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, load_model, read_checkpoint
 from mmtrain.train.run import LAST, Artifacts
 from mmtrain.verbs.progress import Bar
 
@@ -35,9 +37,14 @@ class TrainedRun:
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that generate.checkpoint names, verified."""
         name = self.config.generate.checkpoint
+        folder = self.folder / "checkpoints"
         if name != "latest":
-            return read_checkpoint(self.folder / "checkpoints" / Path(name).name)
-        found, complaints = latest_checkpoint(self.folder / "checkpoints")
+            path = folder / Path(name).name
+            if not path.is_dir():
+                there = sorted(found.name for found in folder.glob("step-*"))
+                raise UserError(f"run {self.folder} has no checkpoint {name}; there is {', '.join(there) or 'none'}")
+            return read_checkpoint(path)
+        found, complaints = latest_checkpoint(folder)
         for complaint in complaints:
             print(f"mmtrain: {complaint}")
         if found is None:
@@ -45,6 +52,11 @@ class TrainedRun:
                 f"run {self.folder} has no checkpoint yet; train it first: `mmtrain train` with its settings"
             )
         return found
+
+    @cached_property
+    def checkpoint_fingerprint(self) -> str:
+        """12 hexadecimal digits of the checkpoint's manifest, which has the SHA-256 of its files."""
+        return hashlib.sha256((self.checkpoint.path / MANIFEST).read_bytes()).hexdigest()[:FINGERPRINT_LENGTH]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -66,7 +78,8 @@ class TrainedRun:
         if self.config.engine.dtype == "bf16":
             model = model.to(torch.bfloat16)
         image, g = self.image.to(device), self.config.generate
-        return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size)
+        order = self.config.objective.order
+        return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size, order)
 
     @cached_property
     def memory(self) -> Memory | None:

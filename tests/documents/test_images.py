@@ -89,6 +89,14 @@ def test_transparency_becomes_white_in_every_mode_that_has_it():
 def test_sixteen_bits_are_scaled_and_not_clipped():
     levels = np.full((8, 8), 0x8000, dtype=np.uint16)
     assert (decode_square(encoded(PIL.Image.fromarray(levels)), 8) == 128).all()
+    assert (decode_square(encoded(PIL.Image.fromarray(levels), transparency=0x8000), 8) == 255).all()
+
+
+def test_the_first_of_the_pictures_that_a_phone_puts_into_one_jpeg():
+    red, blue = (PIL.Image.new("RGB", (16, 16), color) for color in ((255, 0, 0), (0, 0, 255)))
+    image = image_from_bytes(encoded(red, "MPO", save_all=True, append_images=[blue]), 2400)
+    assert image.extension == "jpg"
+    assert np.abs(decode_square(image.data, 16).astype(int) - (255, 0, 0)).max() < 12
 
 
 def test_cmyk_and_gray_and_animation_become_rgb():

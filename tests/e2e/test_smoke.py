@@ -14,6 +14,7 @@ from PIL import Image
 from mmtrain import cli
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import read_metrics
+from mmtrain.verbs.generate import shown
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
 
 pytestmark = pytest.mark.slow
@@ -102,7 +103,7 @@ def test_generate_captions_a_picture_file(here: Smoke, capsys) -> None:
     assert cli.main([*words, "generate.prompts=[mine.png]"]) == 0
     (sample,) = json.loads(Path("said/samples.json").read_text())["samples"]
     assert sample["prompt"] == "mine.png"
-    assert f"mine.png: {sample['text']}" in capsys.readouterr().out
+    assert f"mine.png: {shown(sample['text'])}" in capsys.readouterr().out
 
     Path("text.png").write_text("no picture")
     for name in ("text.png", "missing.png"):

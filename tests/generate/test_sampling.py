@@ -1,163 +1,271 @@
-"""Sampling: the grammar holds, seeds decide, and neither batch nor padding shows."""
+"""Sampling: seeds decide, neither batch nor padding nor cache shows, and guidance is its formula."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
 from mmtrain.config import ModelConfig, UserError
-from mmtrain.generate import SamplingSettings, sample_tokens
-from mmtrain.generate.sampling import choose
+from mmtrain.generate import Grammar, Prompt, Sampled, SamplingSettings, check, sample, score
+from mmtrain.generate.drawing import draw
+from mmtrain.generate.guidance import contrasted, guided
 from mmtrain.models import Decoder, build_model
+from mmtrain.models.linear import linear
+from mmtrain.objective import picture_cells
+from mmtrain.tokens import Vocabulary
 
-VOCABULARY, POSITIONS = 64, 48
-IMAGE = slice(20, 50)
-LENGTH = 12
+V = Vocabulary(text_size=30, image_codes=20, num_sentinels=4)
+GRID, POSITIONS = 4, 72
+CELLS = np.arange(GRID**2)
+PICTURE = np.arange(V.image_start, V.image_start + GRID**2)
+BLANK = np.array([V.eos, V.sentinel_start, V.brk])
+GREEDY = SamplingSettings(temperature=0)
+GUIDED = SamplingSettings(guidance=3.0, retrieval_guidance=1.5, guidance_schedule="cosine", top_p=0.9)
+CONTRASTIVE = SamplingSettings(contrastive_k=3, contrastive_alpha=0.3, top_k=9)
 
 
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    config = ModelConfig(layers=2, width=32, heads=2, init_std=0.3, position_init_std=0.3, zero_init_outputs=False)
-    model = build_model(config, VOCABULARY, POSITIONS)
+@pytest.fixture(scope="module", params=["chameleon", "cm3leon"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    config = ModelConfig(request.param, 2, 32, 4, kv_heads=2, init_std=0.3, position_init_std=0.3, picture_grid=GRID)
+    config.zero_init_outputs = False
+    model = build_model(config, V.size, POSITIONS)
     model.initialize(1)
     return model.eval()
 
 
-def allowed(ids: slice = IMAGE, *more: int) -> np.ndarray:
-    admitted = np.zeros(VOCABULARY, dtype=bool)
-    admitted[ids] = True
-    admitted[list(more)] = True
-    return admitted
+def words(*ids: int) -> np.ndarray:
+    return np.array([V.eos, *(V.text_start + id for id in ids), V.brk])
 
 
-PROMPTS = [np.array(ids) for ids in ([1, 7], [1, 3, 9, 4, 11, 2, 8], [5], [1, 7, 7, 12])]
-BLANK = [np.array([1, 0])] * len(PROMPTS)
+def tasks() -> list[Prompt]:
+    """Pictures with one to three streams, a caption, an infilled picture and a free text: lengths 3 to 24."""
+    retrieved, full = words(9, 9, 9, 4), words(9, 9, 9, 4, 1, 2)
+    caption = np.array([V.eos, V.sentinel_start, V.brk, *PICTURE, V.eos, V.sentinel_start])
+    holed = np.array([V.eos, 8, V.brk, V.sentinel_start, *PICTURE[4:], V.eos, V.sentinel_start])
+    holed_cells = picture_cells(holed, V) + 4 * (picture_cells(holed, V) >= 0)
+    picture = Grammar.picture(V, CELLS)
+    return [
+        Prompt((BLANK, words(1, 2)), picture, (0, "a")),
+        Prompt((BLANK, retrieved, full), picture, (0, "b")),
+        Prompt((caption,), Grammar.text(V, 20, V.eoss), (0, "c")),
+        Prompt((BLANK, holed), Grammar.infill(V, [CELLS[:4]]), (0, "d"), (np.full(3, -1), holed_cells)),
+        Prompt((BLANK, words(5)), Grammar.interleaved(V, GRID**2, 60), (0, "e")),
+        Prompt((words(3),), picture, (0, "f")),
+    ]
 
 
-def draw(model: Decoder, prompts, unconditional=None, seeds=None, settings=None, **changes) -> np.ndarray:
-    arguments = {"allowed": allowed(), "length": LENGTH, "stop": None} | changes
-    seeds = [(0, i) for i in range(len(prompts))] if seeds is None else seeds
-    settings = SamplingSettings() if settings is None else settings
-    return sample_tokens(model, prompts, unconditional, seeds=seeds, settings=settings, **arguments)
+def whole_logits(model: Decoder, prompt: Prompt, tokens: np.ndarray, cells: np.ndarray) -> torch.Tensor:
+    """(S, n, V) logits of each stream before each of its new ids, from whole sequences without a cache."""
+    streams = []
+    for stream, stream_cells in zip(prompt.streams, prompt.cells, strict=True):
+        ids = torch.tensor(np.append(stream, tokens))[None]
+        cell = torch.tensor(np.append(stream_cells, cells))[None]
+        logits = model.logits(ids, torch.zeros_like(ids), torch.arange(ids.shape[1])[None], cell)[0]
+        streams.append(logits[len(stream) - 1 : -1])
+    return torch.stack(streams)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_exactly_the_length_and_only_admitted_ids(model: Decoder, guidance: float) -> None:
-    ids = draw(model, PROMPTS, BLANK, settings=SamplingSettings(guidance=guidance))
-    assert ids.shape == (len(PROMPTS), LENGTH)
-    assert ((ids >= IMAGE.start) & (ids < IMAGE.stop)).all()
+def expected(model: Decoder, prompt: Prompt, settings: SamplingSettings) -> Sampled:
+    """The greedy sample, one id after the other from whole sequences, by the formulas in float64."""
+    g, s = prompt.grammar, settings
+    state = g.start
+    tokens: list[int] = []
+    cells: list[int] = []
+    chosen: list[float] = []
+    while state:
+        with torch.inference_mode():
+            logits = whole_logits(model, prompt, np.array([*tokens, 0]), np.array([*cells, -1]))[:, -1].double()
+        left = g.max_length - len(tokens)
+        allowed = g.allow[state] & (g.needed[g.next[state]] < left)
+        forbidden = torch.tensor(~allowed[g.class_of])
+        log_p = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
+        scores = log_p[-1]
+        if g.is_drawing[state] and len(logits) > 1 and s.contrastive_k:
+            kth = log_p[-1].exp().sort(descending=True).values[s.contrastive_k - 1]
+            scores = log_p[-1] - logits[0].log_softmax(-1)
+            scores[log_p[-1].exp() < s.contrastive_alpha * kth] = -torch.inf
+        elif g.is_drawing[state] and len(logits) > 1 and s.is_guided:
+            ramp = {"constant": 1, "linear": g.progress[state], "cosine": (1 - np.cos(np.pi * g.progress[state])) / 2}
+            w = [1 + (w - 1) * float(ramp[s.guidance_schedule]) for w in (s.retrieval_guidance, s.guidance)]
+            differences = zip(w[3 - len(logits) :], logits[1:] - logits[:-1], strict=True)
+            scores = logits[0] + sum(weight * difference for weight, difference in differences)
+        id = int(scores.masked_fill(forbidden, -torch.inf).argmax())
+        tokens.append(id)
+        cells.append(int(g.cell[state]) if V.image_start <= id < V.image_end else -1)
+        chosen.append(float(log_p[-1, id]))
+        state = g.next[state, g.class_of[id]]
+    return Sampled(np.array(tokens), np.array(chosen, dtype=np.float32))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_sample_is_the_same_alone_and_in_a_batch(model: Decoder, guidance: float) -> None:
-    """The prompts differ in length, so this also says that padding does not show."""
-    settings = SamplingSettings(guidance=guidance)
-    together = draw(model, PROMPTS, BLANK, settings=settings)
-    for i, prompt in enumerate(PROMPTS):
-        alone = draw(model, [prompt], [BLANK[i]], seeds=[(0, i)], settings=settings)
-        assert np.array_equal(alone[0], together[i])
+@pytest.mark.parametrize("settings", [GREEDY, GUIDED, CONTRASTIVE], ids=["greedy", "guided", "contrastive"])
+def test_ids_and_log_probabilities_are_those_of_whole_sequences(model: Decoder, settings: SamplingSettings) -> None:
+    """Prompts of all tasks, one to three streams and lengths in one batch, against each alone without a cache."""
+    settings = dataclasses.replace(settings, temperature=0)
+    prompts = tasks()[:5]
+    for prompt, found in zip(prompts, sample(model, prompts, settings), strict=True):
+        alone = expected(model, prompt, settings)
+        assert found.tokens.tolist() == alone.tokens.tolist()
+        np.testing.assert_allclose(found.log_probability, alone.log_probability, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [SamplingSettings(), GUIDED, CONTRASTIVE], ids=["plain", "guided", "contrastive"])
+def test_a_sample_is_the_same_alone_and_in_a_batch(model: Decoder, settings: SamplingSettings) -> None:
+    prompts = tasks()[:5]
+    together = sample(model, prompts, settings)
+    assert len({len(found.tokens) for found in together}) > 2
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = sample(model, [prompt], settings)
+        assert np.array_equal(alone.tokens, found.tokens)
+        np.testing.assert_allclose(alone.log_probability, found.log_probability, atol=1e-5)
+
+
+def test_prompts_that_do_not_fit_one_forward_pass_are_read_in_several(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sample(model, tasks(), GUIDED)
+    monkeypatch.setattr("mmtrain.generate.sampling.PREFILL_TOKENS", 30)
+    for a, b in zip(whole, sample(model, tasks(), GUIDED), strict=True):
+        assert np.array_equal(a.tokens, b.tokens)
 
 
 def test_the_seed_decides(model: Decoder) -> None:
-    first, second = (draw(model, PROMPTS[:1], seeds=[(seed, "image", 0)]) for seed in (1, 2))
-    assert np.array_equal(first, draw(model, PROMPTS[:1], seeds=[(1, "image", 0)]))
-    assert not np.array_equal(first, second)
+    prompt = tasks()[5]
+    reseeded = dataclasses.replace(prompt, seed=(1, "f"))
+    first, again, other = sample(model, [prompt, prompt, reseeded], SamplingSettings())
+    assert np.array_equal(first.tokens, again.tokens) and not np.array_equal(first.tokens, other.tokens)
 
 
-def test_two_samples_of_a_prompt_differ(model: Decoder) -> None:
-    ids = draw(model, [PROMPTS[0]] * 2)
-    assert not np.array_equal(ids[0], ids[1])
+def test_given_continuations_score_as_when_they_were_drawn(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = sample(model, tasks(), GUIDED)
+    monkeypatch.setattr("mmtrain.generate.sampling.PREFILL_TOKENS", 100)
+    for found, scored in zip(drawn, score(model, tasks(), [found.tokens for found in drawn]), strict=True):
+        np.testing.assert_allclose(scored, found.log_probability, atol=1e-5)
 
 
-def test_guidance_1_is_no_guidance(model: Decoder) -> None:
-    assert np.array_equal(draw(model, PROMPTS, BLANK), draw(model, PROMPTS, None))
+def test_a_continuation_that_the_grammar_forbids_is_not_scored(model: Decoder) -> None:
+    caption = tasks()[2]
+    for forbidden in ([V.eoss], [V.text_start, V.brk], [V.text_start, V.eoss, V.text_start], [V.image_start]):
+        with pytest.raises(ValueError, match="the grammar forbids id"):
+            score(model, [caption], [np.array(forbidden)])
 
 
-def test_greedy_guided_ids_are_those_of_the_formula(model: Decoder) -> None:
-    """Each id recomputed from the logits of both whole sequences, without cache or padding."""
-    guidance = 2.5
-    prompt, blank = PROMPTS[1], BLANK[1]
-    ids = draw(model, PROMPTS, BLANK, settings=SamplingSettings(temperature=0, guidance=guidance))[1]
-
-    def logits_after(tokens: np.ndarray) -> torch.Tensor:
-        row = torch.tensor(tokens)[None]
-        position, no_cell = torch.arange(len(tokens))[None], torch.full_like(row, -1)
-        return model.logits(row, torch.zeros_like(row), position, no_cell)[0, -1]
-
-    for step in range(LENGTH):
-        with torch.inference_mode():
-            conditional = logits_after(np.append(prompt, ids[:step]))
-            unconditional = logits_after(np.append(blank, ids[:step]))
-        guided = unconditional + guidance * (conditional - unconditional)
-        guided[~torch.tensor(allowed())] = float("-inf")
-        assert ids[step] == int(guided.argmax())
+def test_new_ids_are_shown_as_they_are_written(model: Decoder) -> None:
+    shown: list[np.ndarray] = []
+    found = sample(model, tasks(), GUIDED, lambda step, ids: shown.append(ids.copy()) or None)
+    for row, sampled in zip(np.stack(shown, axis=1), found, strict=True):
+        n = len(sampled.tokens)
+        assert row[:n].tolist() == sampled.tokens.tolist() and (row[n:] == -1).all()
 
 
-def test_a_picture_is_drawn_in_the_cells_that_training_gives_it() -> None:
-    """Rotary positions and rows and columns, with a picture in the prompt and prompts of different lengths."""
-    settings = {"init_std": 0.3, "position_init_std": 0.3, "zero_init_outputs": False, "picture_grid": 4}
-    model = build_model(ModelConfig("chameleon", 2, 32, 2, **settings), VOCABULARY, POSITIONS).eval()
-    model.initialize(2)
-    seen = np.array([1, 3, *range(20, 36), 4])
-    cells = [np.array([-1, -1, *range(16), -1]), np.full(2, -1)]
-    greedy = SamplingSettings(temperature=0)
-    ids = draw(model, [seen, PROMPTS[0]], settings=greedy, cells=cells, draws_picture=True)
-    for prompt, cell, drawn in zip([seen, PROMPTS[0]], cells, ids, strict=True):
-        tokens = torch.tensor(np.append(prompt, drawn))[None]
-        cell = torch.tensor(np.append(cell, np.arange(LENGTH)))[None]
-        with torch.inference_mode():
-            logits = model.logits(tokens, torch.zeros_like(tokens), torch.arange(tokens.shape[1])[None], cell)[0]
-        logits = logits.masked_fill(~torch.tensor(allowed()), float("-inf"))
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == drawn.tolist()
-
-
-def test_temperature_0_is_greedy_whatever_the_seed(model: Decoder) -> None:
-    greedy = SamplingSettings(temperature=0)
-    first = draw(model, PROMPTS, seeds=[(1, i) for i in range(4)], settings=greedy)
-    assert np.array_equal(first, draw(model, PROMPTS, seeds=[(2, i) for i in range(4)], settings=greedy))
-
-
-def test_a_row_ends_at_its_stop_and_the_others_go_on(model: Decoder) -> None:
-    stop = 60
-    words = allowed(slice(6, 12), stop)
-    prompts = [PROMPTS[i % 4] for i in range(16)]
-    ids = draw(model, prompts, allowed=words, stop=stop, length=30)
-    ends = [int(np.argmax(row == stop)) if (row == stop).any() else 30 for row in ids]
-    assert 0 < min(ends) < max(ends)
-    for row, end in zip(ids, ends, strict=True):
-        assert (row[end:] == stop).all()
-        assert ((row[:end] >= 6) & (row[:end] < 12)).all()
+def test_guidance_1_and_grammars_without_pictures_need_one_stream(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda batch, size: rows.append(batch) or new_cache(batch, size))
+    picture, text = tasks()[1], tasks()[2]
+    sample(model, [picture], SamplingSettings(guidance=1.0))
+    sample(model, [dataclasses.replace(text, streams=(BLANK, text.streams[0]), cells=())], SamplingSettings(guidance=3))
+    sample(model, [picture], GUIDED)
+    assert rows == [1, 1, 3]
 
 
 def test_a_prompt_that_is_too_long_is_a_sentence(model: Decoder) -> None:
-    with pytest.raises(UserError, match="40 tokens and 12 new ones exceed the model's 48 positions"):
-        draw(model, [np.ones(40, dtype=np.int64)])
+    picture = Grammar.picture(V, CELLS)
+    with pytest.raises(UserError, match="57 tokens and 16 new ones exceed the model's 72 positions"):
+        sample(model, [Prompt((np.full(57, 7),), picture, (0,))], GREEDY)
+    (found,) = sample(model, [Prompt((np.full(56, 7),), picture, (0,))], GREEDY)
+    assert len(found.tokens) == 16
+    assert sample(model, [], GREEDY) == []
 
 
-def test_all_positions_can_be_used(model: Decoder) -> None:
-    assert draw(model, [np.ones(POSITIONS - LENGTH, dtype=np.int64)]).shape == (1, LENGTH)
-
-
-def test_draws_follow_the_probabilities_of_the_nucleus() -> None:
-    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
+def shares(settings: SamplingSettings, allowed: list[bool] | None = None) -> list[float]:
+    probability = torch.tensor([0.05, 0.3, 0.15, 0.5])
     uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    logits = probability.log().expand(20_000, 4)
-    everything = torch.ones(4, dtype=torch.bool)
+    logits = probability.log()
+    if allowed:
+        logits = logits.masked_fill(~torch.tensor(allowed), -torch.inf)
+    drawn = draw(logits.expand(20_000, 4), uniform, settings)
+    return (torch.bincount(drawn, minlength=4) / 20_000).tolist()
 
-    def shares(allowed: torch.Tensor, settings: SamplingSettings) -> list[float]:
-        return (torch.bincount(choose(logits, allowed, uniform, settings), minlength=4) / 20_000).tolist()
 
-    assert shares(everything, SamplingSettings(top_p=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=1e-3)
+def test_draws_follow_the_probabilities_of_what_is_kept() -> None:
+    assert shares(SamplingSettings(top_p=1.0)) == pytest.approx([0.05, 0.3, 0.15, 0.5], abs=1e-3)
     # The smallest set that holds at least 0.7 of the probability.
-    assert shares(everything, SamplingSettings(top_p=0.7)) == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)
-    assert shares(everything, SamplingSettings(top_p=0.0)) == [1, 0, 0, 0]
-    without_first = torch.tensor([False, True, True, True])
-    assert shares(without_first, SamplingSettings(top_p=1.0)) == pytest.approx([0, 0.6, 0.3, 0.1], abs=1e-3)
-    hot = (probability**0.5 / (probability**0.5).sum()).tolist()
-    assert shares(everything, SamplingSettings(temperature=2.0, top_p=1.0)) == pytest.approx(hot, abs=1e-3)
+    assert shares(SamplingSettings(top_p=0.7)) == pytest.approx([0, 0.375, 0, 0.625], abs=1e-3)
+    assert shares(SamplingSettings(top_p=1e-20)) == [0, 0, 0, 1]
+    assert shares(SamplingSettings(top_p=1.0, top_k=3)) == pytest.approx([0, 0.3158, 0.1579, 0.5263], abs=1e-3)
+    # top_p holds a share of what top_k has kept.
+    assert shares(SamplingSettings(top_p=0.6, top_k=2)) == [0, 0, 0, 1]
+    first = [True, True, True, False]
+    assert shares(SamplingSettings(top_p=1.0), first) == pytest.approx([0.1, 0.6, 0.3, 0], abs=1e-3)
+    root = torch.tensor([0.05, 0.3, 0.15, 0.5]).sqrt()
+    hot = (root / root.sum()).tolist()
+    assert shares(SamplingSettings(temperature=2.0, top_p=1.0)) == pytest.approx(hot, abs=1e-3)
+    assert shares(SamplingSettings(temperature=0)) == [0, 0, 0, 1]
 
 
-def test_the_largest_draw_stays_inside_the_nucleus() -> None:
-    logits = torch.log(torch.tensor([[0.1, 0.7, 0.2]]))
-    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    chosen = choose(logits, torch.ones(3, dtype=torch.bool), almost_one, SamplingSettings(top_p=0.75))
-    assert chosen.item() == 2
+def test_the_smallest_and_largest_draw_stay_inside_what_is_kept() -> None:
+    logits = torch.log(torch.tensor([[0.0, 0.7, 0.2, 0.05, 0.05]]))
+    for uniform, expected_id in ((0.0, 1), (1 - 2**-53, 2)):
+        drawn = draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingSettings(top_p=0.75))
+        assert drawn.item() == expected_id
+
+
+def test_guidance_is_its_formula() -> None:
+    u, r, f = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    half = torch.tensor([0.0, 0.5])
+    two = guided(torch.stack([u, f]), half, SamplingSettings(guidance=3.0))
+    torch.testing.assert_close(two, u + 3 * (f - u))
+    three = guided(torch.stack([u, r, f]), half, SamplingSettings(guidance=3.0, retrieval_guidance=1.5))
+    torch.testing.assert_close(three, u + 1.5 * (r - u) + 3 * (f - r))
+    linear_ramp = guided(torch.stack([u, f]), half, SamplingSettings(guidance=3.0, guidance_schedule="linear"))
+    torch.testing.assert_close(linear_ramp, u + torch.tensor([[1.0], [2.0]]) * (f - u))
+
+
+def test_contrastive_decoding_keeps_what_is_probable_and_prefers_what_the_condition_made_so() -> None:
+    """CM3leon sec. 3.1 with k = 2, alpha = 0.5: the second of p is 0.3, so ids of at least 0.15 stay."""
+    conditional = torch.tensor([[0.5, 0.3, 0.15001, 0.05]]).log()
+    plain = torch.tensor([[0.6, 0.2, 0.05, 0.15]]).log()
+    settings = SamplingSettings(contrastive_k=2, contrastive_alpha=0.5)
+    scores = contrasted(torch.stack([plain, conditional]) + 7, conditional + 7, settings)
+    torch.testing.assert_close(scores.exp(), torch.tensor([[0.5 / 0.6, 1.5, 3.0002, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 is no temperature"),
+        ({"top_p": 0.0}, "top_p=0.0 keeps no token"),
+        ({"top_k": -1}, "use 0 .off. or more"),
+        ({"guidance": float("nan")}, "use finite numbers"),
+        ({"guidance_schedule": "steps"}, "use one of constant, linear, cosine"),
+        ({"contrastive_alpha": 1.5}, "contrastive_alpha=1.5"),
+        ({"contrastive_k": 2, "retrieval_guidance": 2.0}, "set retrieval_guidance=0 or contrastive_k=0"),
+        ({"contrastive_k": 2, "guidance_schedule": "linear"}, "no weight to schedule"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check(dataclasses.replace(SamplingSettings(), **changes))
+
+
+def test_contrastive_decoding_of_a_single_stream_is_refused(model: Decoder) -> None:
+    with pytest.raises(UserError, match="contrastive_k needs an unconditional stream"):
+        sample(model, [tasks()[5]], CONTRASTIVE)
+    assert sample(model, [tasks()[2]], CONTRASTIVE)  # nothing to contrast in a text
+    with pytest.raises(ValueError, match="three streams need retrieval_guidance"):
+        sample(model, [tasks()[1]], SamplingSettings(guidance=2.0))
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_few_vectors_have_the_product_of_many(vectors: int, shape: tuple[int, int]) -> None:
+    weight, x = torch.randn(shape), torch.randn(vectors, 1, shape[1])
+    with torch.inference_mode():
+        found = linear(x, weight)
+    assert found.shape == (vectors, 1, shape[0])
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-5)

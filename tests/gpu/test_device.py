@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from mmtrain.config import Config, ModelConfig
-from mmtrain.generate import SamplingSettings, sample_tokens
+from mmtrain.generate import Grammar, Prompt, SamplingSettings, sample, score
 from mmtrain.models import Decoder, build_model
+from mmtrain.tokens import Vocabulary
 from mmtrain.train.checkpoint import load_model, load_tensors, read_checkpoint, save_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import Engine, build_engine
@@ -163,23 +164,28 @@ def test_activation_checkpointing_and_the_chunked_head_agree_with_the_plain_step
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampling_keeps_to_the_grammar_and_to_the_seed(dtype: torch.dtype) -> None:
     model = new_model(configure()).to("cuda", dtype).eval()
-    allowed = np.zeros(VOCABULARY, dtype=bool)
-    allowed[100:200] = True
-    prompts = [np.array([2, 7, 4]), np.array([2, 8, 9, 10, 4])]
+    picture = Grammar.picture(Vocabulary(90, 100, 4), np.arange(40))
+    ids = [np.array([2, 7, 4]), np.array([2, 8, 9, 10, 4])]
+    prompts = [Prompt((np.array([2, 4]), row), picture, (0, i)) for i, row in enumerate(ids)]
 
     def draw() -> np.ndarray:
-        blank = [np.array([2, 4])] * 2
-        settings = SamplingSettings(guidance=2.0)
-        return sample_tokens(model, prompts, blank, allowed, 40, None, [(0, 0), (0, 1)], settings)
+        return np.stack([found.tokens for found in sample(model, prompts, SamplingSettings(guidance=2.0))])
 
     ids = draw()
-    assert ids.shape == (2, 40) and ((ids >= 100) & (ids < 200)).all()
+    assert ids.shape == (2, 40) and ((ids >= 96) & (ids < 196)).all()
     assert np.array_equal(ids, draw())
 
 
-def test_greedy_samples_are_those_of_the_cpu() -> None:
+def test_greedy_samples_and_scores_are_those_of_the_cpu() -> None:
+    """Different tasks and lengths: padding, grammars and ended rows on the device."""
     model = new_model(configure()).eval()
-    arguments = ([np.array([2, 7, 4])], None, np.ones(VOCABULARY, dtype=bool), 30, None, [(0,)])
+    v = Vocabulary(90, 100, 4)
+    grammars = [Grammar.picture(v, np.arange(30)), Grammar.text(v, 9, v.eoss), Grammar.interleaved(v, 4, 40)]
+    prompts = [Prompt((np.array([2, *range(7, 8 + i), 4]),), g, (0, i)) for i, g in enumerate(grammars)]
     greedy = SamplingSettings(temperature=0)
-    expected = sample_tokens(model, *arguments, greedy)
-    assert np.array_equal(sample_tokens(model.to("cuda"), *arguments, greedy), expected)
+    expected = sample(model, prompts, greedy)
+    found = sample(model.to("cuda"), prompts, greedy)
+    assert [x.tokens.tolist() for x in found] == [x.tokens.tolist() for x in expected]
+    scores = score(model, prompts, [x.tokens for x in expected])
+    for x, y in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(x, y.log_probability, atol=1e-3)
