@@ -59,7 +59,8 @@ def test_a_target_that_weighs_nothing_gives_no_gradient() -> None:
 
 def test_logits_of_a_thousand_overflow_nothing() -> None:
     x, weight, targets, weights = inputs()
-    for found, right in zip(chunked(x * 1000, weight, targets, weights, 25), plain(x * 1000, weight, targets, weights, 0)):
+    given = x * 1000, weight, targets, weights
+    for found, right in zip(chunked(*given, 25), plain(*given, 0), strict=True):
         assert relative_error(found, right) < 1e-5
 
 
