@@ -12,7 +12,7 @@ import numpy as np
 
 from mmtrain.config import ObjectiveConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.models.attention import document_mask
+from mmtrain.models import document_mask
 from mmtrain.objective import TrainingSequence, training_sequences
 from mmtrain.stream.batch import collate
 from mmtrain.tokens import Vocabulary

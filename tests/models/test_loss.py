@@ -98,6 +98,12 @@ def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16(chunk: int, autoca
         assert relative_error(gradient, right) < max(1.2 * relative_error(theirs, right), 2**-8)
 
 
+def test_a_sum_over_hundreds_of_chunks_keeps_its_digits_in_bf16() -> None:
+    x, weight, targets, weights = inputs()
+    given = x.bfloat16().repeat(32, 1), weight.bfloat16(), targets.repeat(32), weights.repeat(32)
+    assert relative_error(chunked(*given, 8)[3], chunked(*given, 10_000)[3].double()) < 2**-7
+
+
 def products(*, gradients: bool, x_learns: bool = True, weight_learns: bool = True) -> float:
     """Products of N x D x V that one step of a head in 4 chunks takes."""
     x, weight, targets, weights = inputs()
