@@ -12,7 +12,7 @@ import numpy as np
 
 from mmtrain.config import ObjectiveConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.models.attention import document_mask
+from mmtrain.models import document_mask
 from mmtrain.objective import TrainingSequence, training_sequences
 from mmtrain.stream.batch import collate
 from mmtrain.tokens import Vocabulary
@@ -102,12 +102,14 @@ def draw_sequence(title: str, drawn: TrainingSequence, with_weights: bool = Fals
         low = bottom + 22
         curve = f"M{x:.1f} {bottom + 1}C{x:.1f} {low} {to:.1f} {low} {to:.1f} {bottom + 3}"
         parts.append(f'<path d="{curve}" fill="none" stroke="{PAGE_INK}" stroke-width="1.5"/>')
-        parts.append(f'<path d="M{to - 4:.1f} {bottom + 8}L{to:.1f} {bottom + 1}L{to + 4:.1f} {bottom + 8}Z" fill="{PAGE_INK}"/>')
+        tip = f"M{to - 4:.1f} {bottom + 8}L{to:.1f} {bottom + 1}L{to + 4:.1f} {bottom + 8}Z"
+        parts.append(f'<path d="{tip}" fill="{PAGE_INK}"/>')
     bottom += 20 if drawn.num_masks else 2
     if with_weights:
         for x, width, weight in zip(lefts[1:], widths[1:], drawn.loss_weight, strict=False):
             tall = 30 * weight
-            parts.append(f'<rect x="{x:.1f}" y="{bottom + 32 - tall:.1f}" width="{width:.1f}" height="{tall:.1f}" fill="#8b949e"/>')
+            place = f'x="{x:.1f}" y="{bottom + 32 - tall:.1f}" width="{width:.1f}" height="{tall:.1f}"'
+            parts.append(f'<rect {place} fill="#8b949e"/>')
             parts.append(text(x + width / 2, bottom + 46, f"{weight:g}" if weight else "0"))
         bottom += 50
     return svg(lefts[-1], bottom, title, parts)
@@ -123,8 +125,10 @@ def draw_row(title: str, sequences: list[TrainingSequence], length: int) -> str:
         fill = color(token)
         parts.append(text(left - 6, 8 + cell * i + 12, label(token), anchor="end"))
         for j, seen in enumerate(mask[i].tolist()):
-            look = f'fill="{fill}"' if seen and document[i] >= 0 else f'fill="none" stroke="{PAGE_INK}" stroke-opacity="0.25"'
-            parts.append(f'<rect x="{left + cell * j:.1f}" y="{8 + cell * i}" width="{cell - 2}" height="{cell - 2}" {look}/>')
+            empty = f'fill="none" stroke="{PAGE_INK}" stroke-opacity="0.25"'
+            look = f'fill="{fill}"' if seen and document[i] >= 0 else empty
+            place = f'x="{left + cell * j:.1f}" y="{8 + cell * i}" width="{cell - 2}" height="{cell - 2}"'
+            parts.append(f"<rect {place} {look}/>")
     size = cell * len(tokens)
     return svg(left + size + 2, size + 12, title, parts)
 

@@ -73,7 +73,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int, z_loss: float
     ) -> tuple[Tensor, Tensor]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (objective_N * weight_N).sum(), loss_N
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In place: torch refuses a second backward pass through the same loss instead of scaling twice.
         grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
         return (*grads, None, None, None, None)

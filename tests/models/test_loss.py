@@ -59,7 +59,8 @@ def test_a_target_that_weighs_nothing_gives_no_gradient() -> None:
 
 def test_logits_of_a_thousand_overflow_nothing() -> None:
     x, weight, targets, weights = inputs()
-    for found, right in zip(chunked(x * 1000, weight, targets, weights, 25), plain(x * 1000, weight, targets, weights, 0)):
+    given = x * 1000, weight, targets, weights
+    for found, right in zip(chunked(*given, 25), plain(*given, 0), strict=True):
         assert relative_error(found, right) < 1e-5
 
 
@@ -95,6 +96,12 @@ def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16(chunk: int, autoca
     for gradient, theirs, right in zip(found[2:], peer, expected[2:], strict=True):
         assert gradient.dtype == x.dtype
         assert relative_error(gradient, right) < max(1.2 * relative_error(theirs, right), 2**-8)
+
+
+def test_a_sum_over_hundreds_of_chunks_keeps_its_digits_in_bf16() -> None:
+    x, weight, targets, weights = inputs()
+    given = x.bfloat16().repeat(32, 1), weight.bfloat16(), targets.repeat(32), weights.repeat(32)
+    assert relative_error(chunked(*given, 8)[3], chunked(*given, 10_000)[3].double()) < 2**-7
 
 
 def products(*, gradients: bool, x_learns: bool = True, weight_learns: bool = True) -> float:

@@ -126,7 +126,7 @@ def test_clipped_spans_fall_in_long_segments_and_segment_spans_in_all_alike():
 
 
 def four_pairs() -> np.ndarray:
-    """The sample of CM3leon's figure 9: three retrieved pairs and the query, captions of 25 tokens, 1,024 per picture."""
+    """The sample of CM3leon's figure 9: four pairs, captions of 25 tokens, 1,024 per picture."""
     one = pair(25, 0)
     whole = np.append(one, VOCABULARY.image_start + np.arange(1024) % 50).astype(VOCABULARY.dtype)
     return assemble(whole, [whole] * 3, VOCABULARY)[0]
