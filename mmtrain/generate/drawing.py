@@ -25,9 +25,8 @@ def draw(scores_BU: Tensor, uniform_B: Tensor, settings: SamplingSettings) -> Te
     if settings.top_p < 1:
         probability_BU = probability_BU.masked_fill(probability_BU < nucleus(probability_BU, settings.top_p), 0.0)
     cumulative_BU = probability_BU.cumsum(dim=-1, dtype=torch.float64)
-    total_B1 = cumulative_BU[:, -1:]
-    # A draw at the very end must not round past the last id that has any probability.
-    drawn_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    # uniform_B is at most 1 - 2^-53: the product stays below the sum, also rounded.
+    drawn_B1 = uniform_B[:, None] * cumulative_BU[:, -1:]
     return torch.searchsorted(cumulative_BU, drawn_B1, right=True)[:, 0]
 
 

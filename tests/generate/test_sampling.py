@@ -8,7 +8,7 @@ import torch
 
 from mmtrain.config import ModelConfig, UserError
 from mmtrain.generate import Grammar, Prompt, Sampled, SamplingSettings, check, sample, score
-from mmtrain.generate.drawing import draw
+from mmtrain.generate.drawing import draw, nucleus
 from mmtrain.generate.guidance import contrasted, guided
 from mmtrain.models import Decoder, build_model
 from mmtrain.models.linear import linear
@@ -139,9 +139,10 @@ def test_the_seed_decides(model: Decoder) -> None:
 def test_given_continuations_score_as_when_they_were_drawn(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = sample(model, tasks(), GUIDED)
+    prompts = [*tasks(), Prompt((words(3),), Grammar.text(V, 1, V.eoss), (0, "forced to end"))]
+    drawn = sample(model, prompts, GUIDED)
     monkeypatch.setattr("mmtrain.generate.sampling.PREFILL_TOKENS", 100)
-    for found, scored in zip(drawn, score(model, tasks(), [found.tokens for found in drawn]), strict=True):
+    for found, scored in zip(drawn, score(model, prompts, [found.tokens for found in drawn]), strict=True):
         np.testing.assert_allclose(scored, found.log_probability, atol=1e-5)
 
 
@@ -206,6 +207,11 @@ def test_draws_follow_the_probabilities_of_what_is_kept() -> None:
     hot = (root / root.sum()).tolist()
     assert shares(SamplingSettings(temperature=2.0, top_p=1.0)) == pytest.approx(hot, abs=1e-3)
     assert shares(SamplingSettings(temperature=0)) == [0, 0, 0, 1]
+
+
+def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
+    probability = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]])
+    assert [nucleus(probability, p).item() for p in (0.5, 0.51, 0.75, 0.76, 0.9)] == [0.5, 0.25, 0.25, 0.125, 0.0625]
 
 
 def test_the_smallest_and_largest_draw_stay_inside_what_is_kept() -> None:
