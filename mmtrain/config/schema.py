@@ -319,12 +319,16 @@ class GenerateConfig:
 class TaskConfig:
     """What `mmtrain evaluate` measures."""
 
-    name: str = knob("shapes", "Task.", choices=("shapes", "loss"))
+    name: str = knob("shapes", "Task.", choices=("shapes", "curves", "loss"))
     num_prompts: int = knob(500, "Held-out captions to draw.", minimum=1)
     num_captions: int = knob(500, "Held-out pictures to caption.", minimum=0)
+    num_infills: int = knob(500, "Held-out captions with one masked word to fill in.", minimum=0)
     temperature: float = knob(1.0, "Temperature of the pictures.", minimum=0.0)
     top_p: float = knob(0.9, "Nucleus of the pictures.", minimum=0.0, maximum=1.0)
     guidance: float = knob(3.0, "Guidance of the pictures.", minimum=0.0)
+    guidance_weights: list[float] = knob([1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0], "curves: guidance weights to draw with.")
+    contrastive_ks: list[int] = knob([1, 2, 4, 8, 16, 32], "curves: k of CD-K to draw with.")
+    contrastive_alpha: float = knob(0.5, "curves: alpha of CD-K.", minimum=0.0, maximum=1.0)
 
 
 @dataclass

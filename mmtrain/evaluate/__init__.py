@@ -4,8 +4,23 @@ In: a sampler and held-out documents. Out: plain numbers with confidence interva
 anything but held-out data, nor grade a picture by the model that drew it.
 """
 
+from mmtrain.evaluate.curves import Curve, draw_curves, measure_curve
+from mmtrain.evaluate.infill import MaskedWord, mask_word, measure_infill
 from mmtrain.evaluate.intervals import Proportion, wilson
 from mmtrain.evaluate.shapes import ShapesResult, evaluate_shapes
 from mmtrain.evaluate.shapes_grader import compare, grade
 
-__all__ = ["Proportion", "ShapesResult", "compare", "evaluate_shapes", "grade", "wilson"]
+__all__ = [
+    "Curve",
+    "MaskedWord",
+    "Proportion",
+    "ShapesResult",
+    "compare",
+    "draw_curves",
+    "evaluate_shapes",
+    "grade",
+    "mask_word",
+    "measure_curve",
+    "measure_infill",
+    "wilson",
+]

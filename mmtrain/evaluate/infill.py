@@ -1,4 +1,4 @@
-"""Infilling: one word of each held-out caption is masked, and the model fills it in, seeing the rest and the picture."""
+"""Infilling: one word of each held-out caption is masked; the model fills it in, seeing the rest and the picture."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from mmtrain.config.randomness import random_stream
 from mmtrain.documents import Document
 from mmtrain.documents.scene import BACKGROUNDS, COLORS, SHAPES
 from mmtrain.evaluate.intervals import Proportion, wilson
-from mmtrain.generate import MASK, Sampler, SamplingSettings
+from mmtrain.generate import MASK, Request, Sampler, SamplingSettings
 
 KINDS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS}
 
@@ -38,12 +38,15 @@ def measure_infill(
 ) -> tuple[dict[str, Proportion], list[tuple[MaskedWord, str]]]:
     """Share of masked words that greedy infilling writes exactly, by kind and over all.
 
-    pictures: (N, S, S, 3) uint8, those of `documents`. Returns also every word with what was written for it.
+    pictures: (N, S, S, 3) uint8, those of `documents`. Returns also each masked word with the caption as filled in.
     """
     masked = [mask_word(document.texts[0], (seed, "infill", document.id)) for document in documents]
-    greedy = SamplingSettings(temperature=0.0, guidance=1.0)
-    written = sampler.infill_texts([word.caption for word in masked], greedy, seed, pictures=pictures)
-    filled = [(word, sample.fills[0].strip()) for word, sample in zip(masked, written, strict=True)]
-    by_kind = {name: [w.word == text for w, text in filled if w.kind == name] for name in (*KINDS, "other")}
-    by_kind["all words"] = [word.word == text for word, text in filled]
-    return {name: wilson(sum(right), len(right)) for name, right in by_kind.items()}, filled
+    greedy = SamplingSettings(temperature=0.0)
+    requests = [Request(word.caption, picture) for word, picture in zip(masked, pictures, strict=True)]
+    samples = sampler.draw(sampler.tasks("infill_text", requests, greedy), greedy)
+    written = [(word, sample.text) for word, sample in zip(masked, samples, strict=True)]
+    by_kind: dict[str, list[bool]] = {name: [] for name in (*KINDS, "other", "all")}
+    for (word, text), document in zip(written, documents, strict=True):
+        for name in (word.kind, "all"):
+            by_kind[name].append(text == document.texts[0])
+    return {name: wilson(sum(right), len(right)) for name, right in by_kind.items()}, written

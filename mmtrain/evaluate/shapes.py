@@ -9,6 +9,7 @@ from mmtrain.config import TaskConfig, UserError
 from mmtrain.documents import Document, decode_square
 from mmtrain.documents.captions import parse_caption
 from mmtrain.documents.scene import Scene
+from mmtrain.evaluate.infill import MaskedWord, measure_infill
 from mmtrain.evaluate.intervals import Proportion, wilson
 from mmtrain.evaluate.shapes_grader import compare, grade
 from mmtrain.generate import Sampler, SamplingSettings
@@ -23,6 +24,7 @@ class ShapesResult:
     pictures_seen, pictures_unseen: those whose captions have only color-shape combinations of the training split, and
     those with one at least that training never showed.
     captions["all"]: captions with background, colors, count and relations all right.
+    infilled: words that were masked, one in each caption, and written exactly.
     """
 
     pictures: dict[str, Proportion]
@@ -30,18 +32,21 @@ class ShapesResult:
     pictures_unseen: dict[str, Proportion]
     ceiling: dict[str, Proportion]
     captions: dict[str, Proportion]
+    infilled: dict[str, Proportion]
     drawn: list[tuple[Document, np.ndarray]] = field(default_factory=list)
     written: list[tuple[Document, str]] = field(default_factory=list)
+    filled: list[tuple[MaskedWord, str]] = field(default_factory=list)
 
 
 def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskConfig, seed: int) -> ShapesResult:
-    """Grade one picture per caption and one caption per picture of held-out `documents`.
+    """Grade one picture per caption, one caption per picture and one masked word per caption of held-out `documents`.
 
     Raises UserError when the documents have no scenes in their meta: only the shapes corpus has.
     """
     if not documents or "scene" not in documents[0].meta:
         raise UserError("task=shapes needs a run on corpus=shapes, whose documents carry their scenes; use task=loss")
     to_draw, to_caption = documents[: config.num_prompts], documents[: config.num_captions]
+    to_fill = documents[: config.num_infills]
     settings = SamplingSettings(temperature=config.temperature, top_p=config.top_p, guidance=config.guidance)
     drawn = draw_and_grade(sampler, to_draw, settings, seed)
 
@@ -54,6 +59,8 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
         captions = sampler.captions(pictures[: len(to_caption)], greedy, seed)
         written = [(to_caption[s.prompt], s.text) for s in captions]
 
+    infilled, filled = measure_infill(sampler, to_fill, pictures[: len(to_fill)], seed)
+
     stated = [_facts(parse_caption(text), document) for document, text in written]
     for facts in stated:
         facts["all"] = all(facts.get(name, True) for name in CAPTION_FACTS)
@@ -63,8 +70,10 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
         pictures_unseen=shares([facts for document, _, facts in drawn if document.meta["held_out"]]),
         ceiling=shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
         captions=shares(stated),
+        infilled=infilled,
         drawn=[(document, pixels) for document, pixels, _ in drawn],
         written=written,
+        filled=filled,
     )
 
 

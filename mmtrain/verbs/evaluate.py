@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from rich.table import Table
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import encode_png
-from mmtrain.evaluate import Proportion, evaluate_shapes
+from mmtrain.evaluate import Curve, Proportion, draw_curves, evaluate_shapes, measure_curve
 from mmtrain.flops import forward_flops
+from mmtrain.generate import SamplingSettings
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import closing_box
 from mmtrain.train.loop import model_inputs
@@ -28,13 +29,14 @@ GRID = 32
 def main(argv: list[str]) -> int:
     """Run the task, print a table, keep RUN/evaluation-TASK.json."""
     run = open_trained(argv)
-    return evaluate_run_on_shapes(run) if run.config.task.name == "shapes" else evaluate_run_on_loss(run)
+    tasks = {"shapes": evaluate_run_on_shapes, "curves": evaluate_run_with_guidance, "loss": evaluate_run_on_loss}
+    return tasks[run.config.task.name](run)
 
 
 def evaluate_run_on_shapes(run: TrainedRun) -> int:
     """Pictures and captions of the shapes corpus, graded."""
     task = run.config.task
-    documents = run.held_out(max(task.num_prompts, task.num_captions))
+    documents = run.held_out(max(task.num_prompts, task.num_captions, task.num_infills))
     with show_progress(run.sampler, "sampling"):
         result = evaluate_shapes(run.sampler, documents, task, run.config.seed)
     tables = {
@@ -43,6 +45,7 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         "pictures with unseen combinations": result.pictures_unseen,
         "ceiling: true pictures through the tokenizer": result.ceiling,
         "captions": result.captions,
+        "masked words, filled in": result.infilled,
     }
     console = Console()
     for title, shares in tables.items():
@@ -64,15 +67,50 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         "checkpoint": run.checkpoint.path.name,
         "results": plain,
         "captions": [{"truth": document.texts[0], "written": text} for document, text in result.written],
+        "infilled": [{"masked": word.caption, "truth": word.word, "written": text} for word, text in result.filled],
     }
     path = run.folder / "evaluation-shapes.json"
     write_text_atomic(path, json.dumps(record, indent=1))
-    guided = 2 if task.guidance != 1 else 1
-    length = run.image.tokens_per_image + 40
-    lengths = [length] * (guided * len(result.drawn) + len(result.written))
-    run.book("evaluation", forward_flops(run.config.model, run.vocabulary.size, lengths))
+    book_evaluation(run)
     closing_box("evaluated", {"numbers": os.path.relpath(path), "pictures": os.path.relpath(folder)})
     return 0
+
+
+def evaluate_run_with_guidance(run: TrainedRun) -> int:
+    """Attribute accuracy of drawn shapes against the guidance weight, and against k of CD-K."""
+    task = run.config.task
+    documents = run.held_out(task.num_prompts)
+    plain = SamplingSettings(temperature=task.temperature, top_p=task.top_p)
+    weights = {weight: replace(plain, guidance=weight) for weight in task.guidance_weights}
+    contrastive = replace(plain, contrastive_alpha=task.contrastive_alpha)
+    ks = {float(k): replace(contrastive, contrastive_k=k) for k in task.contrastive_ks}
+    settings = {"guidance weight": weights, f"k of CD-K (alpha {task.contrastive_alpha:g})": ks}
+    with show_progress(run.sampler, "sampling"):
+        curves = [measure_curve(run.sampler, documents, name, each, run.config.seed) for name, each in settings.items()]
+    console = Console()
+    for curve in curves:
+        console.print(_curve_table(curve))
+    path, figure = run.folder / "evaluation-curves.json", run.folder / "curves.svg"
+    results = {
+        curve.setting: {
+            str(value): {fact: asdict(p) | {"share": p.share} for fact, p in facts.items()}
+            for value, facts in curve.points.items()
+        }
+        for curve in curves
+    }
+    record = {"task": asdict(task), "checkpoint": run.checkpoint.path.name, "results": results}
+    write_text_atomic(path, json.dumps(record, indent=1))
+    drawn_with = f"temperature {task.temperature:g}, top-p {task.top_p:g}"
+    title = f"{len(documents)} held-out captions, {drawn_with}; 95 % intervals"
+    figure.write_bytes(draw_curves(curves, title))
+    book_evaluation(run)
+    closing_box("evaluated", {"numbers": os.path.relpath(path), "curves": os.path.relpath(figure)})
+    return 0
+
+
+def book_evaluation(run: TrainedRun) -> None:
+    """Book all that the sampler did."""
+    run.book("evaluation", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths))
 
 
 def evaluate_run_on_loss(run: TrainedRun) -> int:
@@ -113,4 +151,12 @@ def _table(title: str, shares: dict[str, Proportion]) -> Table:
         table.add_row(
             name, f"{100 * p.share:.1f} %  ({p.right}/{p.total})", f"{100 * p.low:.1f} – {100 * p.high:.1f} %"
         )
+    return table
+
+
+def _curve_table(curve: Curve) -> Table:
+    facts = list(next(iter(curve.points.values())))
+    table = Table(curve.setting, *facts, title="pictures that are right (%)", title_justify="left")
+    for value, shares in curve.points.items():
+        table.add_row(f"{value:g}", *(f"{100 * shares[fact].share:.1f}" for fact in facts))
     return table

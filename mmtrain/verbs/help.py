@@ -137,12 +137,14 @@ Example: captions for pictures; a question about one
   mmtrain generate generate.task=question "What is on the table?" generate.pictures=[table.jpg]
 """,
     "evaluate": """\
-mmtrain evaluate [task=shapes|loss] [settings]
+mmtrain evaluate [task=shapes|curves|loss] [settings]
 
 Measures a run on held-out data, prints the numbers (shares with 95 % confidence intervals) and keeps them in
 RUN/evaluation-TASK.json. The run is chosen as with `mmtrain generate`.
   task=loss    validation loss by modality; for every corpus
-  task=shapes  draws held-out captions and grades the pictures pixel by pixel; captions held-out pictures
+  task=shapes  draws held-out captions and grades the pictures pixel by pixel; captions held-out pictures; fills in
+               one masked word of each caption
+  task=curves  draws with several guidance weights and with CD-K; writes the curves as RUN/curves.svg
 
 Example
   mmtrain evaluate task=shapes run=runs/shapes_cpu task.num_prompts=500
