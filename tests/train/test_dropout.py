@@ -34,6 +34,16 @@ def test_a_resumed_run_draws_the_masks_that_the_straight_run_drew(checkpointing:
     assert losses(without) != losses(straight)
 
 
+def test_every_micro_batch_of_every_step_has_masks_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[tuple[int, ...]] = []
+    monkeypatch.setattr("mmtrain.train.loop.seed_dropout", lambda *key: keys.append(key))
+    config = configure()
+    small_run.train(config, tmp_path, accumulation=2)
+    assert keys == [(config.seed, step, 0, number) for step in range(8) for number in range(2)]
+    small_run.train(configure(dropout=0.0), tmp_path / "without")
+    assert len(keys) == 16
+
+
 def test_evaluation_has_no_dropout_and_training_has_it_again(tmp_path: Path) -> None:
     config = configure()
     model = small_run.new_model(config)
