@@ -17,8 +17,10 @@ import torch
 
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import load_frozen
+from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, count_parameters, num_positions
+from mmtrain.models.weights import load_weights, verify_weights
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
@@ -95,6 +97,11 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     positions = num_positions(config)
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
+    weights = checkpoint.state.get("weights", "") if checkpoint else ""
+    if config.model.weights and not checkpoint:
+        source = Path(config.model.weights)
+        weights = (verify_weights(source) if world.rank == 0 else open_weights(source)).fingerprint
+        load_weights(model, source, vocabulary, config.seed)
     share = config.stream.global_batch // world.size
     accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
     run = Run(
@@ -109,6 +116,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
+        weights=weights,
         facts=artifacts.left_out(),
     )
     if config.train.evaluate_batches:
@@ -166,6 +174,8 @@ def announce(run: Run, parameters: int, repeated: int) -> None:
     engine = f"DeepSpeed ZeRO-{e.stage}" if e.kind == "deepspeed" else "DDP"
     ranks = f"{run.world.size} x {run.world.device.type}"
     print(f"model: {run.config.model.family}, {parameters:,} parameters; {engine}, {e.dtype}, {ranks}")
+    if run.weights and not run.step:
+        print(f"starting from {run.config.model.weights} ({run.weights})")
     if run.step:
         lost = f"; {repeated:.2e} FLOPs of steps after it are done again" if repeated else ""
         print(f"resuming at step {run.step} of {run.config.train.steps}{lost}", flush=True)
