@@ -23,7 +23,7 @@ from mmtrain.config.artifact import write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.listing import groups, search_path
 from mmtrain.config.override import Override, expectation, quoted, read_override
-from mmtrain.config.schema import Config, CorpusConfig
+from mmtrain.config.schema import Config, CorpusConfig, ModelConfig
 from mmtrain.config.suggest import did_you_mean, known_keys, nearest, suggestion
 from mmtrain.config.validate import validate
 from mmtrain.config.weights import ARCHITECTURE, with_weights
@@ -47,12 +47,10 @@ def _explicit_model_keys(config: Config, overrides: list[str], config_dir: Path 
     """Keys of the section model that were set by who set model.weights: on the command line, or in the same files."""
     said = [read_override(text, groups(config_dir)).key for text in overrides]
     keys = {key.removeprefix("model.") for key in said if key.startswith("model.")}
-    if "model" in said:
-        keys |= {*ARCHITECTURE, "max_positions"}
-    if "weights" not in keys:
-        usual = asdict(_compose([], config_dir).model)
-        keys |= {key for key, value in asdict(config.model).items() if value != usual[key]}
-    return keys
+    if "weights" in keys:
+        return keys | {*ARCHITECTURE, "max_positions"} if "model" in said else keys
+    usual = [asdict(_compose([], config_dir).model), asdict(ModelConfig())]
+    return keys | {key for key, value in asdict(config.model).items() if all(value != of[key] for of in usual)}
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> Config:

@@ -66,10 +66,12 @@ def with_weights(config: Config, explicit: set[str]) -> Config:
                 f"model.{key}={old} contradicts model.weights={folder.path}, which has {new}; leave it out, the "
                 "architecture comes with the weights"
             )
-    if learned_positions and config.stream.sequence_length > model.max_positions:
+    length = config.stream.sequence_length
+    if length > model.max_positions:
+        beyond = "" if learned_positions else f", or set model.max_positions={length} to go beyond them"
         raise UserError(
-            f"stream.sequence_length={config.stream.sequence_length} is longer than the {model.max_positions} learned "
-            f"positions of model.weights={folder.path}; shorten it"
+            f"stream.sequence_length={length} is longer than the {model.max_positions} positions that "
+            f"model.weights={folder.path} has learned; shorten it{beyond}"
         )
     return replace(config, model=model, text_tokenizer=replace(config.text_tokenizer, path=_tokenizer(config, folder)))
 

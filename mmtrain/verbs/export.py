@@ -22,8 +22,8 @@ AUTO_CLASS = {"cm3leon": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"
 CARD = """\
 # {name}
 
-A {family} model of {parameters:,} parameters that [mmtrain](https://github.com/mmtrain/mmtrain) trained: step {step:,}
-of the run {name}, {tokens:,} tokens, {flops:.3g} training FLOPs (multiply-add = 2, causal).
+A {family} model of {parameters:,} parameters that mmtrain trained: step {step:,} of the run {name}, {tokens:,} tokens,
+{flops:.3g} training FLOPs (multiply-add = 2, causal).
 Text and pictures are one sequence of ids; vocabulary.json says which ids are what.
 
 | | |

@@ -1,14 +1,14 @@
 """`mmtrain import`: a Hugging Face folder as a weights folder."""
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mmtrain.config import UserError, build_artifact
-from mmtrain.config.weights import IMPORT
+from mmtrain.config.weights import open_weights
 from mmtrain.models.huggingface import import_folder
 from mmtrain.track import closing_box
-from mmtrain.verbs.export import named, need, read_shard_bytes, refuse_another
+from mmtrain.verbs.export import named, need, read_shard_bytes
 
 
 def main(argv: list[str]) -> int:
@@ -20,9 +20,10 @@ def main(argv: list[str]) -> int:
     if not source.is_dir():
         raise UserError(f"{source} is no folder; give one that transformers saved, or that you downloaded")
     shard_bytes = read_shard_bytes(given)
-    refuse_another(out, IMPORT, {"source": str(source)})
-    facts: dict[str, Any] = {}
-    build_artifact(out, lambda partial: facts.update(import_folder(source, partial, shard_bytes)))
-    said = f"{facts['parameters']:,} parameters of {source.name}" if facts else f"{source.name} was there already"
-    closing_box(said, {"weights": os.path.relpath(out), "next": f"mmtrain train model.weights={os.path.relpath(out)}"})
+    if out.exists() or out.is_symlink():
+        raise UserError(f"out={out} exists already; choose another folder, or delete that one")
+    build_artifact(out, partial(import_folder, source, shard_bytes=shard_bytes))
+    folder = os.path.relpath(out)
+    places = {"weights": folder, "next": f"mmtrain train model.weights={folder}"}
+    closing_box(f"{open_weights(out).facts['parameters']:,} parameters of {source.name}", places)
     return 0

@@ -109,7 +109,7 @@ def from_config(content: dict[str, Any], place: str) -> Architecture:
     kv_heads = _whole(content, place, "num_key_value_heads", heads)
     if width % heads or heads % kv_heads or (kind != "opt" and width // heads % 2):
         raise UserError(f"{place}: width {width}, {heads} heads and {kv_heads} heads of keys do not fit each other")
-    shared = {
+    shared: dict[str, Any] = {
         "layers": _whole(content, place, "num_hidden_layers"),
         "width": width,
         "heads": heads,

@@ -43,8 +43,8 @@ LEFT_OUT = re.compile(r"(.*\.)?rotary_emb\.inv_freq|model\.vqmodel\..*")
 SOURCE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", VOCABULARY)
 
 
-def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
-    """Fill the folder `out` from the Hugging Face folder `source`; returns what import.json says.
+def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Fill the folder `out` from the Hugging Face folder `source`.
 
     Tensors are copied bit by bit, one output file in memory at a time. Raises UserError for a folder that is no such
     model, whose tensors are not those of its config, or whose tokenizer does not fit.
@@ -76,7 +76,6 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> di
     }
     facts["fingerprint"] = fingerprint("weights", facts["files"], facts["new_rows"])
     (out / IMPORT).write_text(json.dumps(facts, indent=1))
-    return facts
 
 
 def _check_tensors(architecture: Architecture, files: TensorFiles, source: Path) -> None:

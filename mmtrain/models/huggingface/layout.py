@@ -32,7 +32,7 @@ def tensor_layout(config: ModelConfig, vocabulary_size: int, positions: int) -> 
     """Our parameters (`Decoder.named_parameters`, a tied head left out) by name, as pieces of theirs."""
     is_opt, stem = config.family == "cm3leon", "model.decoder" if config.family == "cm3leon" else "model"
     D, V = config.width, vocabulary_size
-    parts = {"token_embedding.weight": (Piece(f"{stem}.embed_tokens.weight", (V, D)),)}
+    parts: dict[str, tuple[Piece, ...]] = {"token_embedding.weight": (Piece(f"{stem}.embed_tokens.weight", (V, D)),)}
     if is_opt:
         rows = positions + OPT_POSITION_OFFSET
         learned = Piece(f"{stem}.embed_positions.weight", (rows, D), OPT_POSITION_OFFSET)

@@ -103,7 +103,8 @@ class TensorFiles:
         if name in self.shapes:
             raise UserError(f"{path}: tensor {name} is in two files")
         if entry.get_dtype() not in DTYPES:
-            raise UserError(f"{path}: tensor {name} is of type {entry.get_dtype()}; float32, float16, bfloat16 are read")
+            kinds = ", ".join(DTYPES)
+            raise UserError(f"{path}: tensor {name} is of type {entry.get_dtype()}, and only {kinds} are read")
         self.shapes[name], self.dtypes[name] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
         self._files[name] = file
 
