@@ -42,7 +42,9 @@ def open_weights(path: Path) -> WeightsFolder:
                 raise UserError(f"model.weights={path} is damaged: {name} is not as it was written; import it again")
         model = json.loads((path / MODEL).read_text(encoding="utf-8"))
         folder = WeightsFolder(path, {key: model[key] for key in (*ARCHITECTURE, "max_positions")}, facts)
-        assert folder.fingerprint and isinstance(facts["new_rows"], list)
+        usual = ModelConfig()
+        assert folder.fingerprint and all(type(value) is type(getattr(usual, key)) for key, value in model.items())
+        assert all(isinstance(id, int) for id in facts["new_rows"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"model.weights={path} is incomplete or damaged ({error!r}); import it again") from error
     return folder

@@ -26,7 +26,7 @@ from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import latest_checkpoint, load_tensors
+from mmtrain.train.checkpoint import check_tensors, latest_checkpoint, load_tensors
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.launch import check_batch
@@ -97,8 +97,11 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     positions = num_positions(config)
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
-    weights = checkpoint.state.get("weights", "") if checkpoint else ""
-    if config.model.weights and not checkpoint:
+    weights = ""
+    if checkpoint:
+        check_tensors(checkpoint, model)
+        weights = checkpoint.state.get("weights", "")
+    elif config.model.weights:
         source = Path(config.model.weights)
         weights = (verify_weights(source) if world.rank == 0 else open_weights(source)).fingerprint
         load_weights(model, source, vocabulary, config.seed)

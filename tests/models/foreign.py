@@ -51,7 +51,8 @@ def metaspace(special: dict[str, int]) -> Tokenizer:
 
 LLAMA = {"<unk>": 0, "<s>": 1, "</s>": 2}
 CHAMELEON = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<eoss>": 20, "<racm3:break>": 21, "<reserved08706>": 22}
-CHAMELEON |= {f"IMGIMG{name}Z": 4 + i for i, name in enumerate(("A", "J", "BA", "C", "D", "E", "F", "G", "H", "I", "B"))}
+CODES = ("A", "J", "BA", "C", "D", "E", "F", "G", "H", "I", "B")  # 0, 9, 10, 2, ...: not in the order of their ids
+CHAMELEON |= {f"IMGIMG{letters}Z": 4 + i for i, letters in enumerate(CODES)}
 FOREIGN: dict[str, tuple[Callable, dict, dict]] = {
     "opt": (byte_level, {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}, {"word_embed_proj_dim": 32, "ffn_dim": 48}),
     "llama": (metaspace, LLAMA, {"num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-6}),

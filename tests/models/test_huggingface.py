@@ -22,8 +22,8 @@ from tests.models.foreign import FOREIGN, POSITIONS, ROWS, SENTENCES, foreign_so
 transformers = pytest.importorskip("transformers")
 
 GREEDY = 200
-TEXTS = ["a red house", " leading blanks", "two\nlines\n\n", "naïve 北京 🙂🏽", "tabs\tand </s> <s> <pad> <break> <image:3>",
-         "", "   ", "\x00\x07", "UPPER 1234567", "<0x0A>▁"]  # fmt: skip
+TEXTS = ["a red house", " leading blanks", "two\nlines\n\n", "naïve 北京 🙂🏽", "tabs\tand </s> <s> <pad> <break>",
+         "a <image:3>", "", "   ", "\x00\x07", "UPPER 1234567", "<0x0A>▁"]  # fmt: skip
 FAMILIES = {
     "opt": ModelConfig(family="cm3leon", activation="gelu"),
     "opt-untied": ModelConfig(family="cm3leon", tie_embeddings=False),
@@ -343,11 +343,14 @@ def damage(source: Path, how: str) -> None:
         index.write_text(index.read_text().replace(norm.name, f"../{norm.name}"))
     elif how == "no tokenizer":
         (source / "tokenizer.json").unlink()
-    elif how == "wordpiece":
-        (source / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": {"type": "WordPiece", "vocab": {}}}))
+    elif how == "unigram":
+        unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+        (source / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": unigram, "added_tokens": []}))
     elif how == "id":
         tokenizer["model"]["vocab"]["house"] = 5000
         (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    elif how == "added":
+        (source / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": [3]}))
     elif how == "json":
         (source / "tokenizer.json").write_text(json.dumps(tokenizer)[:-9])
 
@@ -363,9 +366,10 @@ def damage(source: Path, how: str) -> None:
         ("int8", "tensor model.norm.weight is of type I8"),
         ("outside", r"names '../model.*', which is not a file beside it"),
         ("no tokenizer", "has no tokenizer.json; make one with transformers"),
-        ("wordpiece", "is a tokenizer of type 'WordPiece', only BPE is supported"),
+        ("unigram", "is a tokenizer of type 'Unigram', only BPE is supported"),
         ("id", "entry 'house' has the id 5000, and the model has 344 rows"),
         ("json", "tokenizer.json cannot be read"),
+        ("added", "is no tokenizer.json of the tokenizers library"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_sentence(how: str, sentence: str, sources: dict[str, Path], tmp_path: Path):
@@ -391,3 +395,34 @@ def test_names_of_specials_that_text_has_already_are_changed(tokenizer_file: Pat
     (tmp_path / "back").mkdir()
     import_folder(tmp_path / "out", tmp_path / "back")
     assert TextTokenizer.load(tmp_path / "back" / "tokenizer.json").fingerprint == text.fingerprint
+
+
+def test_an_export_that_lost_its_vocabulary_is_read_by_the_names_of_its_tokens(tokenizer_file: Path, tmp_path: Path):
+    model = export(FAMILIES["llama-gqa"], tokenizer_file, tmp_path / "out")
+    (tmp_path / "out" / "vocabulary.json").unlink()
+    (tmp_path / "back").mkdir()
+    import_folder(tmp_path / "out", tmp_path / "back")
+    padding = VOCABULARY.size - VOCABULARY.sentinel_end  # rows without a name
+    known = Vocabulary.load(tmp_path / "back" / "vocabulary.json")
+    assert known == Vocabulary(300 + padding, 16, 3)
+    rows = imported_model(tmp_path / "back", known).token_embedding.weight
+    before = model.token_embedding.weight
+    assert torch.equal(rows[: VOCABULARY.text_end], before[: VOCABULARY.text_end])
+    ours, theirs = (slice(v.image_start, v.sentinel_end) for v in (known, VOCABULARY))
+    assert torch.equal(rows[ours], before[theirs])
+
+
+def test_an_unknown_token_that_texts_need_stays_text(tmp_path: Path) -> None:
+    foreign_source("llama", tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["byte_fallback"] = False
+    path.write_text(json.dumps(content))
+    (tmp_path / "weights").mkdir()
+    import_folder(tmp_path / "source", tmp_path / "weights")
+    text = TextTokenizer.load(tmp_path / "weights" / "tokenizer.json")
+    assert text.decode(text.encode("a 🙂")) == "a <unk>"
+    assert 3 in open_weights(tmp_path / "weights").facts["new_rows"]
+    content["model"]["unk_token"] = None
+    path.write_text(json.dumps(content))
+    refused(tmp_path / "source", tmp_path / "lossy", "cannot spell every text")

@@ -88,8 +88,8 @@ def test_the_export_of_the_run_opens_and_draws(trained: Path) -> None:
 def test_another_export_in_the_same_place_is_refused(trained: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(trained)
     assert cli.main(["export", "run=runs/smoke", "out=exported", "shard_bytes=30000"]) == 0  # the same: it is there
-    refused(["export", "run=runs/smoke", "out=exported", "dtype=bf16"], "out=exported exists and is something else", capsys)
-    refused(["export", "run=runs/smoke", "out=source"], "out=source exists and is something else", capsys)
+    for words in (["out=exported", "dtype=bf16"], ["out=source"]):
+        refused(["export", "run=runs/smoke", *words], f"{words[0]} exists and is something else", capsys)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_learned_positions_are_not_stretched_and_damage_is_found(folder: Path, t
     assert cli.main(["import", "source", "out=weights"]) == 0
     fits = ["model.weights=weights", "corpus.image_size=64", "stream.sequence_length=200"]
     assert compose(fits).model.max_positions == 232
-    with pytest.raises(UserError, match="stream.sequence_length=512 is longer than the 232 positions .* has learned; shorten it$"):
+    with pytest.raises(UserError, match="is longer than the 232 positions .* has learned; shorten it$"):
         compose(["model.weights=weights", "stream.sequence_length=512"])
     file = tmp_path / "weights" / "model.safetensors"
     content = bytearray(file.read_bytes())

@@ -12,8 +12,8 @@ from torch import Tensor
 from mmtrain.config import ModelConfig, UserError
 from mmtrain.models.huggingface.architecture import NO_ENCODER, refusal, to_config
 from mmtrain.models.huggingface.layout import Piece, split, tensor_layout
-from mmtrain.models.huggingface.shards import SHARD_BYTES, Planned, read_json, write_tensors
-from mmtrain.models.huggingface.tokenizer import load_text, whole_space
+from mmtrain.models.huggingface.shards import SHARD_BYTES, Planned, write_tensors
+from mmtrain.models.huggingface.tokenizer import read_tokenizer, whole_space, write_tokenizer
 from mmtrain.tokens import Vocabulary
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -42,10 +42,8 @@ def export_folder(
     """
     check_exportable(config)
     torch_dtype = DTYPES[dtype]
-    content, specials = whole_space(read_json(tokenizer), vocabulary, str(tokenizer))
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    load_text(content, text, vocabulary.size, str(tokenizer))
-    (out / "tokenizer.json").write_text(text, encoding="utf-8")
+    content, specials = whole_space(read_tokenizer(tokenizer), vocabulary, str(tokenizer))
+    write_tokenizer(content, out / "tokenizer.json", str(tokenizer))
     settings = to_config(config, vocabulary, positions, str(torch_dtype).removeprefix("torch."))
     _write_json(out / "config.json", settings)
     ids = {key: settings[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}

@@ -32,7 +32,7 @@ from mmtrain.models.huggingface.shards import (
     read_json,
     write_tensors,
 )
-from mmtrain.models.huggingface.tokenizer import Correspondence, correspond, load_text, of_ours
+from mmtrain.models.huggingface.tokenizer import Correspondence, correspond, of_ours, read_tokenizer, write_tokenizer
 from mmtrain.models.registry import build_model
 from mmtrain.tokens import Vocabulary
 
@@ -57,7 +57,8 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> No
     with TensorFiles(source) as files:
         _check_tensors(architecture, files, source)
         match = _correspondence(source, architecture.vocabulary_size)
-        _write_tokenizer(match, out, source)
+        write_tokenizer(match.text, out / TOKENIZER, str(source / "tokenizer.json"))
+        match.vocabulary.save(out / VOCABULARY)
         model = {key: getattr(architecture.model, key) for key in (*ARCHITECTURE, "max_positions")}
         (out / MODEL).write_text(json.dumps(model, indent=1))
         planned = _planned(architecture, match, files)
@@ -111,7 +112,7 @@ def _correspondence(source: Path, rows: int) -> Correspondence:
             f"{source} has no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    content = read_json(path)
+    content = read_tokenizer(path)
     if (source / VOCABULARY).is_file() and (vocabulary := Vocabulary.load(source / VOCABULARY)).size == rows:
         return of_ours(content, vocabulary, str(path))
     return correspond(content, _special_ids(source, content, rows), rows, str(path))
@@ -124,25 +125,18 @@ def _special_ids(source: Path, content: dict[str, Any], rows: int) -> dict[str, 
     for file_name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (source / file_name).is_file():
             named |= {key: value for key, value in read_json(source / file_name).items() if value is not None}
-    ids = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    ids |= (content.get("model") or {}).get("vocab") or {}
+    model = content["model"]
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]} | model["vocab"]
     found: dict[str, int | None] = {}
     for kind in ("bos", "eos", "pad", "unk"):
         id = config.get(f"{kind}_token_id")
         id = id[0] if isinstance(id, list) and id else id
         if not isinstance(id, int) or not 0 <= id < rows:  # -1 is how old configs say that there is none
-            name = named.get(f"{kind}_token", content.get("model", {}).get("unk_token") if kind == "unk" else None)
+            name = named.get(f"{kind}_token", model.get("unk_token") if kind == "unk" else None)
             name = name.get("content") if isinstance(name, dict) else name
             id = ids.get(name) if isinstance(name, str) else None
         found[f"<{kind}>"] = id
     return found
-
-
-def _write_tokenizer(match: Correspondence, out: Path, source: Path) -> None:
-    text = json.dumps(match.text, ensure_ascii=False)
-    load_text(match.text, text, match.vocabulary.text_size, str(source / "tokenizer.json"))
-    (out / TOKENIZER).write_text(text, encoding="utf-8")
-    match.vocabulary.save(out / VOCABULARY)
 
 
 def _planned(architecture: Architecture, match: Correspondence, files: TensorFiles) -> list[Planned]:

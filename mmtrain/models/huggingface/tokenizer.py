@@ -4,13 +4,16 @@ Text is encoded and decoded by the same merges as before; only numbers change. W
 is in no text: a caption that holds these characters is spelled with ordinary entries.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
 from mmtrain.config import UserError
+from mmtrain.models.huggingface.shards import read_json
 from mmtrain.tokens import Vocabulary
 from mmtrain.tokens.vocabulary import SPECIALS
 
@@ -37,7 +40,7 @@ def correspond(content: dict[str, Any], special: dict[str, int | None], rows: in
     Raises UserError for what is no BPE, and for ids that do not fit.
     """
     names = _names(content, rows, place)
-    if content["model"].get("unk_token") is not None and not _spells_everything(content, set(names.values())):
+    if content["model"]["unk_token"] is not None and not _spells_everything(content, set(names.values())):
         # It stands for what the merges cannot spell, so it occurs in texts: no special token of ours does.
         special = special | {"<unk>": None}
     place_of: dict[int, str] = {}
@@ -45,7 +48,7 @@ def correspond(content: dict[str, Any], special: dict[str, int | None], rows: in
         id = special.get(name)
         if id is not None and id not in place_of and name not in place_of.values():
             place_of[id] = name
-    reserved = {token["content"] for token in content.get("added_tokens") or [] if token.get("special")}
+    reserved = {token["content"] for token in content["added_tokens"] if token["special"]}
     images: dict[int, int] = {}
     sentinels: dict[int, int] = {}
     for id, name in names.items():
@@ -94,15 +97,14 @@ def text_of(content: dict[str, Any], text_ids: list[int], names: dict[int, str],
     vocab = {names.get(id, f"<unused:{id}>"): i for id, i in number.items()}
     if len(vocab) != len(text_ids):
         raise UserError(f"{place}: two entries of text have the same name")
-    unk = model.get("unk_token") if model.get("unk_token") in vocab else None
+    unk = model["unk_token"] if model["unk_token"] in vocab else None
     if unk is None and not _spells_everything(content, set(vocab)):
         raise UserError(f"{place} cannot spell every text: it has neither all bytes nor an unknown token")
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges") or []]
-    kept = [pair for pair in merges if len(pair) == 2 and {pair[0], pair[1], pair[0] + pair[1]} <= vocab.keys()]
+    kept = [[left, right] for left, right in model["merges"] if {left, right, left + right} <= vocab.keys()]
     added = [
         token | {"id": vocab[token["content"]]}
-        for token in content.get("added_tokens") or []
-        if not token.get("special") and token["content"] in vocab
+        for token in content["added_tokens"]
+        if not token["special"] and token["content"] in vocab
     ]
     result = content | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
     result["model"] = model | {"vocab": vocab, "merges": kept, "unk_token": unk}
@@ -130,7 +132,7 @@ def whole_space(content: dict[str, Any], vocabulary: Vocabulary, place: str) -> 
     ids |= {vocabulary.image_start + i: name for i, name in enumerate(images)}
     ids |= {vocabulary.sentinel_start + i: name for i, name in enumerate(sentinels)}
     vocab = {name: id for id, name in ids.items()}
-    added = [token | {"id": vocab[token["content"]]} for token in content.get("added_tokens") or []]
+    added = [token | {"id": vocab[token["content"]]} for token in content["added_tokens"]]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added += [{"id": vocab[name], "content": name, **flags} for name in (*specials, *images, *sentinels)]
     result = content | {"added_tokens": sorted(added, key=lambda token: token["id"]), "post_processor": None}
@@ -138,40 +140,54 @@ def whole_space(content: dict[str, Any], vocabulary: Vocabulary, place: str) -> 
     return result, specials
 
 
-def load_text(content: dict[str, Any], text: str, size: int, place: str) -> None:
-    """Raise UserError unless `text`, the JSON of `content`, loads as a tokenizer of at most `size` entries."""
+def read_tokenizer(path: Path) -> dict[str, Any]:
+    """A tokenizer.json of BPE as the tokenizers library would write it: every key there, and of its type."""
+    text = json.dumps(read_json(path))
+    try:
+        content = json.loads(Tokenizer.from_str(text).to_str())
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise UserError(f"{path} is no tokenizer.json of the tokenizers library ({error})") from error
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"{path} is a tokenizer of type {model['type']!r}, only BPE is supported")
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        raise UserError(f"{path}: BPE with marks inside or at the end of words is not supported")
+    return content
+
+
+def write_tokenizer(content: dict[str, Any], path: Path, place: str) -> None:
+    """Write tokenizer.json; raises UserError if the library would number its entries otherwise.
+
+    place: the file that it was made from.
+    """
+    text = json.dumps(content, ensure_ascii=False, indent=1)
     try:
         loaded = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    except Exception as error:  # as above
         raise UserError(f"{place} cannot be rewritten ({error})") from error
     for token, id in content["model"]["vocab"].items():
-        if loaded.token_to_id(token) != id or id >= size:
+        if loaded.token_to_id(token) != id:
             raise UserError(f"{place}: entry {token!r} cannot be numbered {id}")
+    path.write_text(text, encoding="utf-8")
 
 
 def _names(content: dict[str, Any], rows: int, place: str) -> dict[int, str]:
     """Names of ids, those of added tokens among them."""
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        kind = model.get("type") if isinstance(model, dict) else None
-        raise UserError(f"{place} is a tokenizer of type {kind!r}, only BPE is supported")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"{place}: BPE with marks inside or at the end of words is not supported")
     names: dict[int, str] = {}
-    pairs = [*model["vocab"].items(), *((t.get("content"), t.get("id")) for t in content.get("added_tokens") or [])]
-    for name, id in pairs:
-        if not isinstance(id, int) or not 0 <= id < rows:
-            raise UserError(f"{place}: entry {str(name)[:40]!r} has the id {id}, and the model has {rows} rows")
+    added = [(token["content"], token["id"]) for token in content["added_tokens"]]
+    for name, id in [*content["model"]["vocab"].items(), *added]:
+        if id >= rows:
+            raise UserError(f"{place}: entry {name[:40]!r} has the id {id}, and the model has {rows} rows")
         if names.setdefault(id, name) != name:
-            raise UserError(f"{place}: {names[id][:40]!r} and {str(name)[:40]!r} have the same id {id}")
+            raise UserError(f"{place}: {names[id][:40]!r} and {name[:40]!r} have the same id {id}")
     return names
 
 
 def _spells_everything(content: dict[str, Any], vocab: set[str]) -> bool:
     """Whether every text can be spelled: all 256 bytes are entries, and are used."""
-    if content["model"].get("byte_fallback") and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
+    if content["model"]["byte_fallback"] and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         return True
-    return _has_byte_level(content.get("pre_tokenizer")) and vocab.issuperset(pre_tokenizers.ByteLevel.alphabet())
+    return _has_byte_level(content["pre_tokenizer"]) and vocab.issuperset(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _has_byte_level(part: Any) -> bool:
