@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
     run = open_trained(rest)
     check_exportable(run.config.model)
     origin = {
-        "run": str(run.folder.resolve()),
+        "run": run.folder.name,
+        "run_id": run.checkpoint.state.get("run_id"),
         "step": run.checkpoint.step,
         "vocabulary": run.vocabulary.fingerprint,
         "model": run.checkpoint.state.get("model"),

@@ -60,6 +60,7 @@ FOREIGN: dict[str, tuple[Callable, dict, dict]] = {
     "chameleon": (byte_level, CHAMELEON, {"num_key_value_heads": 2, "intermediate_size": 48}),
     "chameleon-swin": (byte_level, CHAMELEON, {"num_key_value_heads": 4, "intermediate_size": 48, "swin_norm": True}),
 }
+NAMED = ("llama", "chameleon", "chameleon-swin")  # name their specials; the others have ids in config.json alone
 ROWS = 344  # more than the tokenizers have entries: rows that pad the matrix
 
 
@@ -81,10 +82,14 @@ def foreign_source(name: str, folder: Path, dtype: str = "float32", **changes) -
     else:
         encoder = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 4,
                    "latent_channels": 4, "num_embeddings": 11}  # fmt: skip
+        settings |= {"bos_token_id": 1, "pad_token_id": None}  # as published, though 1 is <pad> and <s> is 0
         settings |= {"vocabulary_map": tokenizer.get_vocab(), "vq_config": encoder}
         model = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**settings))
     randomize(model)
     model.to(getattr(torch, dtype)).eval().save_pretrained(folder, max_shard_size="30KB")
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    names: dict = {"unk_token": "<unk>"}
+    if name in NAMED:
+        names |= {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return model, tokenizer

@@ -10,7 +10,6 @@ FOLDER/
 
 import json
 import re
-from collections.abc import Mapping
 from functools import partial, reduce
 from math import prod
 from pathlib import Path
@@ -119,23 +118,26 @@ def _correspondence(source: Path, rows: int) -> Correspondence:
 
 
 def _special_ids(source: Path, content: dict[str, Any], rows: int) -> dict[str, int | None]:
-    """Their ids of <bos>, <eos>, <pad> and <unk>: by config.json, else by the names in the tokenizer's files."""
-    config = read_json(source / "config.json")
-    named: dict[str, Any] = {}
+    """Their ids of <bos>, <eos>, <pad> and <unk>: by the names in the tokenizer's files, else by config.json.
+
+    Names first: Chameleon's config.json gives the id of its `<pad>` for the beginning.
+    """
+    config, model = read_json(source / "config.json"), content["model"]
+    named: dict[str, Any] = {"unk_token": model["unk_token"]}
     for file_name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (source / file_name).is_file():
             named |= {key: value for key, value in read_json(source / file_name).items() if value is not None}
-    model = content["model"]
     ids = {token["content"]: token["id"] for token in content["added_tokens"]} | model["vocab"]
     found: dict[str, int | None] = {}
     for kind in ("bos", "eos", "pad", "unk"):
-        id = config.get(f"{kind}_token_id")
-        id = id[0] if isinstance(id, list) and id else id
-        if not isinstance(id, int) or not 0 <= id < rows:  # -1 is how old configs say that there is none
-            name = named.get(f"{kind}_token", model.get("unk_token") if kind == "unk" else None)
-            name = name.get("content") if isinstance(name, dict) else name
-            id = ids.get(name) if isinstance(name, str) else None
-        found[f"<{kind}>"] = id
+        name = named.get(f"{kind}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        id = ids.get(name) if isinstance(name, str) else None
+        if id is None:
+            id = config.get(f"{kind}_token_id")
+            id = id[0] if isinstance(id, list) and id else id
+        # Old configs say -1 where there is none.
+        found[f"<{kind}>"] = id if isinstance(id, int) and 0 <= id < rows else None
     return found
 
 
@@ -153,8 +155,7 @@ def _planned(architecture: Architecture, match: Correspondence, files: TensorFil
     return planned
 
 
-def _gather(files: Mapping[str, Tensor] | TensorFiles, pieces: tuple[Piece, ...], shape: tuple[int, ...],
-            rows: list[int] | None) -> Tensor:  # fmt: skip
+def _gather(files: TensorFiles, pieces: tuple[Piece, ...], shape: tuple[int, ...], rows: list[int] | None) -> Tensor:
     """Our tensor; with `rows`, row i of theirs is our row rows[i], and those that they do not have are zero."""
     theirs = torch.cat([files[piece.name][piece.skip :].flatten() for piece in pieces])
     if rows is None:
