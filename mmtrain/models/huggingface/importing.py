@@ -97,7 +97,8 @@ def _check_tensors(architecture: Architecture, files: TensorFiles, source: Path)
             continue
         # Older versions of transformers saved a tied head, too.
         embedding = layout["token_embedding.weight"][0].name
-        if name == "lm_head.weight" and torch.equal(files[name], files[embedding]):
+        same_type = name == "lm_head.weight" and files.dtypes[name] == files.dtypes[embedding]
+        if same_type and torch.equal(files[name], files[embedding]):
             continue
         hint = "tied to the embedding, and is another one" if name == "lm_head.weight" else "not one of this model"
         raise UserError(f"{source}: tensor {name} is {hint} by config.json; it would be lost")
