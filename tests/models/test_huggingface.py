@@ -223,6 +223,7 @@ def test_new_tokens_get_rows_that_are_like_the_others_and_steal_no_probability(t
     old, new = our_ids(vocabulary, "llama"), torch.arange(vocabulary.image_start, vocabulary.image_end)
     rows = model.token_embedding.weight.detach()
     assert (rows[new].mean(0) - rows[old].mean(0)).abs().max() < 0.05
+    assert (rows[[vocabulary.pad, vocabulary.brk, vocabulary.eoss]].std(1) > 0.01).all()  # Llama has none of these
     ratio = rows[new].std(0) / rows[old].std(0)
     assert (ratio / (0.5 if tied else 1.0) - 1).abs().max() < 0.15
     probability = our_logits(model, old[torch.randint(0, ROWS, (4, 50))]).softmax(-1)
