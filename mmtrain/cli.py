@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
 
 import errno
 import importlib
+import keyword
 import os
 import sys
 
@@ -52,7 +53,8 @@ def _dispatch(arguments: list[str]) -> int:
         rest, wants_config = _take_cfg(rest)
         if wants_config:
             return _print_config(verb, rest)
-    return importlib.import_module(f"mmtrain.verbs.{verb}").main(rest)
+    module = f"{verb}_" if keyword.iskeyword(verb) else verb
+    return importlib.import_module(f"mmtrain.verbs.{module}").main(rest)
 
 
 def overview() -> str:

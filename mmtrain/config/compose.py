@@ -23,9 +23,10 @@ from mmtrain.config.artifact import write_text_atomic
 from mmtrain.config.errors import UserError
 from mmtrain.config.listing import groups, search_path
 from mmtrain.config.override import Override, expectation, quoted, read_override
-from mmtrain.config.schema import Config, CorpusConfig
+from mmtrain.config.schema import Config, CorpusConfig, ModelConfig
 from mmtrain.config.suggest import did_you_mean, known_keys, nearest, suggestion
 from mmtrain.config.validate import validate
+from mmtrain.config.weights import ARCHITECTURE, with_weights
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
@@ -36,7 +37,20 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     Later wins: schema, groups, experiment, overrides. `config_dir` (or --config-dir) adds a folder of the
     user's own options, laid out like conf/. Raises UserError for what does not exist or cannot work.
     """
-    return validate(_resolved(_compose(overrides, config_dir), config_dir))
+    config = _compose(overrides, config_dir)
+    if config.model.weights:
+        config = with_weights(config, _explicit_model_keys(config, overrides, config_dir))
+    return validate(_resolved(config, config_dir))
+
+
+def _explicit_model_keys(config: Config, overrides: list[str], config_dir: Path | None) -> set[str]:
+    """Keys of the section model that were set by who set model.weights: on the command line, or in the same files."""
+    said = [read_override(text, groups(config_dir)).key for text in overrides]
+    keys = {key.removeprefix("model.") for key in said if key.startswith("model.")}
+    if "weights" in keys:
+        return keys | {*ARCHITECTURE, "max_positions"} if "model" in said else keys
+    usual = [asdict(_compose([], config_dir).model), asdict(ModelConfig())]
+    return keys | {key for key, value in asdict(config.model).items() if all(value != of[key] for of in usual)}
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> Config:

@@ -129,6 +129,13 @@ def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, voc
             f"here {vocabulary_fingerprint}); use the tokenizers of its run"
         )
     model = build_model(config.model, vocabulary_size, num_positions(config))
+    check_tensors(checkpoint, model)
+    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=False)
+    return model.eval()
+
+
+def check_tensors(checkpoint: Checkpoint, model: Decoder) -> None:
+    """Raise UserError unless the checkpoint has the parameters of `model`, of the same shapes, and no others."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
         with safe_open(checkpoint.path / "model.safetensors", "pt") as file:
@@ -141,8 +148,6 @@ def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, voc
                 f"checkpoint {checkpoint.path} is of another model: {name} has shape {found.get(name)}, "
                 f"the config asks for {expected.get(name)}"
             )
-    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=False)
-    return model.eval()
 
 
 def has_checkpoint(folder: Path) -> bool:

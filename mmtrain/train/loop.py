@@ -39,6 +39,8 @@ class Run:
     accumulation: int
     step: int = 0
     tokens: int = 0
+    weights: str = ""
+    """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers that do not change; they are in the first row that is logged."""
 
@@ -193,6 +195,7 @@ def save(run: Run, batches: Batches) -> None:
             "ledger": run.ledger.state(),
             "vocabulary": run.vocabulary.fingerprint,
             "model": fingerprint(run.config.model),
+            "weights": run.weights,
             "run_id": run.run_id,
         }
         try:

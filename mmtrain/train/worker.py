@@ -17,14 +17,16 @@ import torch
 
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import load_frozen
+from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, check_attention, count_parameters, num_positions
+from mmtrain.models.weights import load_weights, verify_weights
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import latest_checkpoint, load_tensors
+from mmtrain.train.checkpoint import check_tensors, latest_checkpoint, load_tensors
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.launch import check_batch
@@ -96,6 +98,14 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     positions = num_positions(config)
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
+    weights = ""
+    if checkpoint:
+        check_tensors(checkpoint, model)
+        weights = checkpoint.state.get("weights", "")
+    elif config.model.weights:
+        source = Path(config.model.weights)
+        weights = (verify_weights(source) if world.rank == 0 else open_weights(source)).fingerprint
+        load_weights(model, source, vocabulary, config.seed)
     share = config.stream.global_batch // world.size
     accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
     run = Run(
@@ -110,6 +120,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
+        weights=weights,
         facts=artifacts.left_out(),
     )
     if config.train.evaluate_batches:
@@ -167,6 +178,8 @@ def announce(run: Run, parameters: int, repeated: int) -> None:
     engine = f"DeepSpeed ZeRO-{e.stage}" if e.kind == "deepspeed" else "DDP"
     ranks = f"{run.world.size} x {run.world.device.type}"
     print(f"model: {run.config.model.family}, {parameters:,} parameters; {engine}, {e.dtype}, {ranks}")
+    if run.weights and not run.step:
+        print(f"starting from {run.config.model.weights} ({run.weights})")
     if run.step:
         lost = f"; {repeated:.2e} FLOPs of steps after it are done again" if repeated else ""
         print(f"resuming at step {run.step} of {run.config.train.steps}{lost}", flush=True)

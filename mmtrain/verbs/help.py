@@ -8,6 +8,8 @@ VERBS: dict[str, str] = {
     "train": "train a run, or go on with it; prepares what is missing",
     "generate": "draw and caption pictures, answer questions, fill gaps",
     "evaluate": "measure a run on held-out data",
+    "export": "write a run as a Hugging Face folder",
+    "import": "read a Hugging Face folder of OPT, Llama or Chameleon, to train from it",
     "flops": "compute of published models, of a configuration, of a run",
     "report": "write report.html of a run",
     "doctor": "check this machine and say how to mend what is wrong",
@@ -173,6 +175,28 @@ published models, and the commands that reproduce it. The run is chosen as with 
 
 Example
   mmtrain report run=runs/quickstart
+""",
+    "export": """\
+mmtrain export out=FOLDER [run=FOLDER|name=NAME] [dtype=float32|bf16] [shard_bytes=5000000000] [settings]
+
+Writes the newest checkpoint of a run as a folder that transformers opens: a cm3leon model as OPT, llama as
+Llama, chameleon as Chameleon. Weights are safetensors, in files of at most shard_bytes; beside them the
+tokenizer over all ids of the run, its image tokenizer and a model card. The run is chosen as with
+`mmtrain generate`. What transformers cannot compute is refused before anything is written.
+
+Example
+  mmtrain export run=runs/quickstart out=quickstart-hf dtype=bf16
+""",
+    "import": """\
+mmtrain import SOURCE out=FOLDER [shard_bytes=5000000000]
+
+Reads a Hugging Face folder (safetensors, config.json, tokenizer.json) of OPT without biases and parameters
+of norms, of Llama, or of Chameleon, and writes a weights folder. Every token keeps its row; image codes and
+masks that the model does not know get rows when a run starts from it. Pickled weights are never opened.
+
+Example: tune Llama 2 on pictures of your own
+  mmtrain import Llama-2-7b-hf out=weights/llama2
+  mmtrain train model.weights=weights/llama2 corpus=pairs corpus.path=pictures/holiday
 """,
     "doctor": """\
 mmtrain doctor [--json] [settings]

@@ -2,8 +2,8 @@
 
 Where numerics were meant to change, `python -m tests.models.test_golden` stores new ones; say why in the commit.
 Rounding differs between processors and versions of torch, and training amplifies it, most of all at the kinks of ReLU
-(at a learning rate of 1e-3, 1e-7 in the weights became 2e-4 in cm3leon's loss, and 5e-7 with GELU). Short rows and a
-small learning rate keep it far below the tolerance, which a test shows.
+(at a learning rate of 1e-3, 1e-7 in the weights became 2e-4 in cm3leon's loss, at 3e-4 up to 7e-5, and 5e-7 with GELU).
+Short rows and a small learning rate keep it far below the tolerance, which a test shows.
 """
 
 import json
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 def curve(family: str, perturbation: float = 0.0) -> list[float]:
     """The training loss of every step; perturbation: relative normal noise on all initial weights."""
     config = small_run.small_config(STEPS, **FAMILIES[family])
-    config.optim.lr = 3e-4
+    config.optim.lr = 1e-4
     model = small_run.new_model(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -51,7 +51,7 @@ def curve(family: str, perturbation: float = 0.0) -> list[float]:
 def test_the_loss_curve_is_the_stored_one_and_the_same_twice(family: str) -> None:
     stored = json.loads((GOLDEN / f"{family}.json").read_text())
     losses = curve(family)
-    assert len(losses) == len(stored) == STEPS and stored[0] - stored[-1] > 1
+    assert len(losses) == len(stored) == STEPS and stored[0] - stored[-1] > 0.4
     np.testing.assert_allclose(losses, stored, rtol=0, atol=1e-4)
     assert curve(family) == losses
 

@@ -191,6 +191,22 @@ def test_tensors_of_another_model_are_refused(change, tmp_path: Path, config: Co
         load_model(read_checkpoint(tmp_path / "step-00000001"), config, VOCABULARY, FINGERPRINT)
 
 
+@pytest.mark.parametrize("family", ["llama", "chameleon"])
+def test_a_checkpoint_of_another_family_is_refused(family: str, tmp_path: Path, config: Config) -> None:
+    path = save(tmp_path, config, 1)
+    config.model.family = family
+    with pytest.raises(UserError, match="is of another model: blocks.0.attention") as error:
+        load_model(read_checkpoint(path), config, VOCABULARY, FINGERPRINT)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickled_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="no checkpoint under .* can be read"):
+        latest_checkpoint(tmp_path)
+
+
 def test_the_files_are_plain_safetensors_and_json(tmp_path: Path, config: Config) -> None:
     path = save(tmp_path, config, 5)
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "MANIFEST.json"])
