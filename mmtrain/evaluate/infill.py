@@ -45,8 +45,10 @@ def measure_infill(
     requests = [Request(word.caption, picture) for word, picture in zip(masked, pictures, strict=True)]
     samples = sampler.draw(sampler.tasks("infill_text", requests, greedy), greedy)
     written = [(word, sample.text) for word, sample in zip(masked, samples, strict=True)]
-    by_kind: dict[str, list[bool]] = {name: [] for name in (*KINDS, "other", "all")}
-    for (word, text), document in zip(written, documents, strict=True):
-        for name in (word.kind, "all"):
-            by_kind[name].append(text == document.texts[0])
-    return {name: wilson(sum(right), len(right)) for name, right in by_kind.items()}, written
+    is_right = [text == document.texts[0] for (_, text), document in zip(written, documents, strict=True)]
+    shares = {}
+    for kind in (*KINDS, "other", "all"):
+        right = [r for r, (word, _) in zip(is_right, written, strict=True) if kind in (word.kind, "all")]
+        if right:
+            shares[kind] = wilson(sum(right), len(right))
+    return shares, written

@@ -103,7 +103,10 @@ def test_prompts_come_from_lines_and_from_stdin_with_seeds_of_their_own(monkeypa
     ]  # fmt: skip
     assert piped["samples"] == read["samples"]
     quoted = generate('generate.prompts=["two = 2"]', few, out="quoted")
-    assert quoted["samples"] == read["samples"][:1]
+    alone, in_batch = quoted["samples"][0], read["samples"][0]
+    # The last digit of a sum may depend on the batch; what is drawn does not.
+    assert alone.pop("log_probability") == pytest.approx(in_batch.pop("log_probability"), rel=1e-5)
+    assert alone == in_batch
 
 
 def test_every_task_leaves_its_files(capsys: pytest.CaptureFixture) -> None:
