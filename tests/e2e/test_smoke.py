@@ -140,7 +140,8 @@ def test_evaluate_loss_agrees_with_the_validation_of_the_training(here: Smoke) -
 
 
 def test_evaluate_shapes_grades_every_picture_and_caption(here: Smoke) -> None:
-    assert cli.main(["evaluate", "task=shapes", "task.num_prompts=4", "task.num_captions=4"]) == 0
+    few = [f"task.num_{what}=4" for what in ("prompts", "captions", "infills")]
+    assert cli.main(["evaluate", "task=shapes", *few]) == 0
     results = json.loads((here.run / "evaluation-shapes.json").read_text())
     pictures = results["results"]["pictures"]
     assert pictures["background"]["total"] == 4
@@ -149,6 +150,16 @@ def test_evaluate_shapes_grades_every_picture_and_caption(here: Smoke) -> None:
     assert sum(count["total"] for count in apart if count) == 4
     assert all(p["low"] <= p["share"] <= p["high"] for shares in results["results"].values() for p in shares.values())
     assert len(results["captions"]) == 4
+    assert results["results"]["masked words, filled in"]["all"]["total"] == len(results["infilled"]) == 4
+
+
+def test_curves_of_guidance_are_measured_and_drawn(here: Smoke) -> None:
+    few = ["task.num_prompts=3", "task.guidance_weights=[1,2.5]", "task.contrastive_ks=[1,3]"]
+    assert cli.main(["evaluate", "task=curves", *few]) == 0
+    weights, ks = json.loads((here.run / "evaluation-curves.json").read_text())["results"].values()
+    assert list(weights) == ["1.0", "2.5"] and list(ks) == ["1.0", "3.0"]
+    assert all(point["count"]["total"] == 3 for point in [*weights.values(), *ks.values()])
+    assert (here.run / "curves.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(here: Smoke) -> None:
