@@ -157,7 +157,7 @@ class ObjectiveConfig:
     min_masks: int = knob(0, "Fewest masks (public code: 0; CM3 paper: 1).", minimum=0)
     num_sentinels: int = knob(16, "Sentinel tokens in the vocabulary = most masks per sequence.", minimum=1)
     whole_segment_probability: float = knob(0.5, "A masked sequence masks whole segments (a caption, an image) instead of spans with this probability.", minimum=0.0, maximum=1.0)
-    masked_segments: str = knob("any", "Segments that are masked, whole or in part: any, or text alone (a masked caption teaches captioning and infilling words; a masked image little that an unmasked one does not, but infilling images).", choices=("any", "text"))
+    whole_segments: str = knob("any", "Segments that are masked whole: any, or text alone (a masked caption teaches captioning, a masked image little that an unmasked one does not).", choices=("any", "text"))
     span_policy: str = knob("clip", "clip = a span over the whole sequence clipped to the segment it overlaps most (public code); segment = a segment first, then a span in it.", choices=("clip", "segment"))
     sentinel_loss_weight: float = knob(1.0, "Loss weight of predicting a sentinel (CM3 paper: 0, public code: 1).", minimum=0.0)
     retrieved_loss_weight: float = knob(1.0, "Loss weight of retrieved documents (RA-CM3: 0.1, CM3leon: 1).", minimum=0.0)

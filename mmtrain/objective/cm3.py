@@ -59,9 +59,8 @@ def draw_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose up to `num_masks` disjoint, non-empty spans, at least one where there is anything that may be masked.
 
-    `<break>` and `<eos>` are boundaries: no span holds one. Segments that are no `masked_segments` are left alone. With
-    `whole_segment_probability` the spans are whole segments, drawn without replacement; else they follow `span_policy`.
-    tokens: as `assemble` returns them.
+    `<break>` and `<eos>` are boundaries: no span holds one. With `whole_segment_probability` the spans are whole
+    segments, drawn without replacement; else they follow `span_policy`. tokens: as `assemble` returns them.
     Returns sorted starts and ends (exclusive), (m,) int64.
     """
     if num_masks == 0:
@@ -70,14 +69,14 @@ def draw_spans(
     starts, lengths = edges[:-1] + 1, edges[1:] - edges[:-1] - 1
     if not lengths.all():
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
-    if config.masked_segments == "text":
-        is_text = vocabulary.modality(tokens[starts].astype(np.int64)) == TEXT
-        starts, lengths = starts[is_text], lengths[is_text]
     if len(starts) == 0:
         return starts, starts
     whole = rng.random() < config.whole_segment_probability
     if not whole and config.span_policy == "clip":
         return _clipped_spans(starts, lengths, rng, num_masks)
+    if whole and config.whole_segments == "text":
+        is_text = vocabulary.modality(tokens[starts].astype(np.int64)) == TEXT
+        starts, lengths = starts[is_text], lengths[is_text]
     chosen = np.sort(rng.permutation(len(starts))[:num_masks])
     starts, lengths = starts[chosen], lengths[chosen]
     if whole:

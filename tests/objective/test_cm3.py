@@ -47,7 +47,7 @@ configs = st.builds(
     min_masks=st.integers(0, 3),
     num_sentinels=st.integers(3, 16),
     whole_segment_probability=st.sampled_from([0.0, 0.5, 1.0]),
-    masked_segments=st.sampled_from(["any", "text"]),
+    whole_segments=st.sampled_from(["any", "text"]),
     span_policy=st.sampled_from(["clip", "segment"]),
 )
 

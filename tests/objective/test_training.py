@@ -58,7 +58,7 @@ def test_the_first_of_several_segments_weighs_what_is_configured(query, retrieve
 
 def test_the_picture_comes_first_where_its_caption_is_masked():
     config = ObjectiveConfig(
-        masks="fixed", num_masks=1, whole_segment_probability=1.0, masked_segments="text", first_segment_loss_weight=0.1
+        masks="fixed", num_masks=1, whole_segment_probability=1.0, whole_segments="text", first_segment_loss_weight=0.1
     )
     sequence = training_sequence(ids(TEXT, TEXT, BREAK, IMAGE, IMAGE), [], V, config, random_stream(0))
     weighs_less = sequence.tokens[1:][sequence.loss_weight[:-1] < 1]
