@@ -57,7 +57,7 @@ def draw_curves(curves: Sequence[Curve], subtitle: str) -> bytes:
         panel.grid(color="#eaedf0")
         panel.set_axisbelow(True)
     panels[0].set_ylabel("pictures that are right (%)")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    panels[-1].legend(frameon=False, fontsize=9, loc="center right")
     figure.suptitle(subtitle, fontsize=10)
     file = io.BytesIO()
     # Without ids drawn at random and without a date the same numbers give the same file.
