@@ -151,30 +151,34 @@ def against_peer(args: argparse.Namespace) -> None:
 
 
 def over_prefixes(args: argparse.Namespace) -> None:
-    """Time of a token after prompts of growing length, against the share of attention in the bytes that it reads."""
+    """Time of a token after prompts of growing length, against the share of attention in the bytes that it reads.
+
+    Medians over all tokens but the first of all rounds, prefixes in turn.
+    """
     n = min(args.new_tokens, 32)
     vocabulary = Vocabulary(1, args.vocabulary - 7, 0)
+    clock = time.process_time if args.processor_time else time.perf_counter
     print(f"{'dtype':<10}{'batch':>6}{'prefix':>8}{'ms/token':>10}{'against 64':>12}{'bytes against 64':>18}")
     for dtype in args.dtypes:
         ours, _ = build(args, getattr(torch, dtype))
         weights = sum(p.numel() for name, p in ours.named_parameters() if "embedding" not in name)
         for batch in args.batches:
-            first = None
+            seconds: dict[int, list[float]] = {prefix: [] for prefix in PREFIXES}
+            for _ in range(args.rounds):
+                for prefix in PREFIXES:
+                    ids = np.random.default_rng(0).integers(7, args.vocabulary, (batch, prefix))
+                    prompts = [Prompt((row,), free_text(vocabulary, n + 1), (0,)) for row in ids]
+                    times: list[float] = []
+                    sample(ours, prompts, SamplingSettings(temperature=0), lambda *_: times.append(clock()))  # noqa: B023
+                    seconds[prefix] += np.diff(times).tolist()
+            cached = {prefix: 2 * args.layers * (args.width * args.kv_heads // args.heads) * (prefix + n / 2) * batch
+                      for prefix in PREFIXES}  # fmt: skip
+            first, least = statistics.median(seconds[PREFIXES[0]]), weights + cached[PREFIXES[0]]
             for prefix in PREFIXES:
-                ids = np.random.default_rng(0).integers(7, args.vocabulary, (batch, prefix))
-                seconds = []
-                for _ in range(args.rounds):
-                    spent = [
-                        timed(lambda: sample(ours, prompts, SamplingSettings(temperature=0)), args)[0]  # noqa: B023
-                        for length in (1, n + 1)
-                        if (prompts := [Prompt((row,), free_text(vocabulary, length), (0,)) for row in ids])
-                    ]
-                    seconds.append((spent[1] - spent[0]) / n)
-                cached = 2 * args.layers * (args.width * args.kv_heads // args.heads) * (prefix + n / 2) * batch
-                now = (1000 * statistics.median(seconds), weights + cached)
-                first = first or now
-                slower, larger = now[0] / first[0], now[1] / first[1]
-                print(f"{dtype:<10}{batch:>6}{prefix:>8}{now[0]:>10.2f}{slower:>12.2f}{larger:>18.2f}", flush=True)
+                now, larger = statistics.median(seconds[prefix]), (weights + cached[prefix]) / least
+                row = f"{dtype:<10}{batch:>6}{prefix:>8}{1000 * now:>10.2f}{now / first:>12.2f}{larger:>18.2f}"
+                print(row, flush=True)
+
 
 def main() -> None:
     args = arguments()
