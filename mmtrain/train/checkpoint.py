@@ -1,14 +1,15 @@
 """Checkpoints: folders that are complete or invisible, safetensors and JSON only.
 
 checkpoints/step-00000200/
-    model.safetensors       float32 parameters by name
-    optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME
-    state.json              step, tokens, stream, ledger, fingerprints, W&B run id
-    MANIFEST.json           bytes and SHA-256 of the others; written last
+    tensors-00003-of-00008.safetensors   what rank 3 of 8 owned: parameter.NAME and moments, flat float32 pieces
+    state.json                           step, tokens, stream, ledger, fingerprints, W&B run id
+    MANIFEST.json                        shapes of the parameters, bytes and SHA-256 of the others; written last
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from mmtrain.config import Config, UserError, build_artifact
+from mmtrain.config import Config, UserError, sync_folder, sync_tree, write_text_atomic
 from mmtrain.models import Decoder, build_model, num_positions
+from mmtrain.train.distributed import World
+from mmtrain.train.fragments import PARAMETER, Fragment, whole
 
 MANIFEST = "MANIFEST.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-FORMAT_VERSION = 1
+STATE = "state.json"
+FORMAT_VERSION = 2
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -34,6 +37,12 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter by name."""
+        return self.manifest["shapes"]
 
     @property
     def step(self) -> int:
@@ -42,45 +51,61 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    parameters: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
+    fragments: list[Fragment],
+    shapes: dict[str, list[int]],
     state: dict[str, Any],
+    world: World,
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep` up to it.
+    """Write `folder/step-N` and drop all but the newest `keep` up to it; every rank writes its fragments.
 
-    Raises UserError when the disk is too small or fails; what was there before is then still there.
+    All ranks must call. Raises UserError on all when the disk of one is too small or fails; what was there before is
+    then still there.
     """
-    tensors = [*parameters.values(), *moments.values()]
-    needed = sum(t.numel() * t.element_size() for t in tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.05:
-        raise UserError(
-            f"no room for a checkpoint in {folder}: it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
-            "free some space or move root=, then run the same command again"
-        )
-
-    def build(partial: Path) -> None:
-        save_file(parameters, partial / "model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}))
-        sizes = {name: (partial / name).stat().st_size for name in FILES}
-        files = {name: {"bytes": size, "sha256": _sha256(partial / name)} for name, size in sizes.items()}
-        (partial / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
-
     final = folder / f"step-{state['step']:08d}"
-    if final.exists():
-        shutil.rmtree(final)
+    partial = final.with_name(f".{final.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    name = f"tensors-{world.rank:05d}-of-{world.size:05d}.safetensors"
+    entry, failure = None, None
     try:
-        build_artifact(final, build)
+        needed = sum(t.numel() * t.element_size() for f in fragments for t in f.tensors.values())
+        free = shutil.disk_usage(folder).free
+        if free < needed * 1.05:
+            raise OSError(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+        named = {f"{kind}.{f.name}": tensor for f in fragments for kind, tensor in f.tensors.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        save_file(tensors, partial / name, {"starts": json.dumps({f.name: f.start for f in fragments})})
+        entry = describe(partial / name)
     except (OSError, SafetensorError) as error:
+        failure = f"{error} (rank {world.rank})"
+    entries = world.gather((name, entry, failure))
+    failure = next((sentence for _, _, sentence in entries if sentence), None)
+    if world.rank == 0 and not failure:
+        try:
+            (partial / STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, **state}))
+            files = {name: entry for name, entry, _ in entries} | {STATE: describe(partial / STATE)}
+            manifest = {"format_version": FORMAT_VERSION, "step": state["step"], "shapes": shapes, "files": files}
+            write_text_atomic(partial / MANIFEST, json.dumps(manifest, indent=1))
+            sync_tree(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            sync_folder(folder)
+        except OSError as error:
+            failure = str(error)
+    failure = world.gather(failure)[0]
+    if failure:
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"checkpoint {final} could not be written ({error}); free some space or move root=, then run the same "
+            f"checkpoint {final} could not be written ({failure}); free some space or move root=, then run the same "
             "command again"
-        ) from error
+        )
     # A newer one is one that this run could not read; it must not push out the one just written.
-    for old in [path for path in _candidates(folder) if path.name <= final.name][keep:]:
+    for old in [path for path in _candidates(folder) if path.name <= final.name][keep:] if world.rank == 0 else []:
         shutil.rmtree(old)
     return final
 
@@ -88,14 +113,18 @@ def save_checkpoint(
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify every file against the manifest; raises UserError naming the file that does not match."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for name in FILES:
-            file, entry = path / name, files[name]
-            if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"checkpoint {path} has format {manifest['format_version']}; this version of mmtrain reads "
+                f"{FORMAT_VERSION}: use the version that wrote it, or choose another name="
+            )
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name or not (path / name).is_file() or describe(path / name) != entry:
                 raise UserError(
                     f"checkpoint {path} is damaged: {name} is not what its manifest says; delete the folder"
                 )
-        return Checkpoint(path, json.loads((path / "state.json").read_text()))
+        return Checkpoint(path, json.loads((path / STATE).read_text()), manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path} is incomplete or damaged ({error!r}); delete the folder") from error
 
@@ -116,9 +145,43 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
-def load_tensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Parameters and moments, float32 on the CPU."""
-    return load_file(checkpoint.path / "model.safetensors"), load_file(checkpoint.path / "optimizer.safetensors")
+def fill(checkpoint: Checkpoint, fragments: list[Fragment]) -> None:
+    """Copy from the checkpoint, written by any number of ranks, into every tensor of `fragments`."""
+    with contextlib.ExitStack() as stack:
+        pieces = _pieces(checkpoint, stack)
+        for f in fragments:
+            for kind, tensor in f.tensors.items():
+                filled = 0
+                for start, length, file in pieces[f.name]:
+                    low, high = max(start, f.start), min(start + length, f.start + f.length)
+                    if low < high:
+                        part = file.get_slice(f"{kind}.{f.name}")[low - start : high - start]
+                        tensor[low - f.start : high - f.start].copy_(part)
+                        filled += high - low
+                if filled != f.length:
+                    raise UserError(
+                        f"checkpoint {checkpoint.path} has {filled} of {f.length} elements of {kind}.{f.name}; "
+                        "use another checkpoint"
+                    )
+
+
+def _pieces(checkpoint: Checkpoint, stack: contextlib.ExitStack) -> dict[str, list[tuple[int, int, Any]]]:
+    """By parameter: (start, length, open file) of every fragment."""
+    pieces: dict[str, list[tuple[int, int, Any]]] = {name: [] for name in checkpoint.shapes}
+    for name in checkpoint.manifest["files"]:
+        if name != STATE:
+            file = stack.enter_context(safe_open(checkpoint.path / name, "pt"))
+            for parameter, start in json.loads((file.metadata() or {})["starts"]).items():
+                length = file.get_slice(f"{PARAMETER}.{parameter}").get_shape()[0]
+                pieces[parameter].append((start, length, file))
+    return pieces
+
+
+def load_parameters(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All parameters by name, whole, float32 on the CPU."""
+    tensors = {name: torch.empty(shape) for name, shape in checkpoint.shapes.items()}
+    fill(checkpoint, whole({name: {PARAMETER: tensor} for name, tensor in tensors.items()}))
+    return tensors
 
 
 def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, vocabulary_fingerprint: str) -> Decoder:
@@ -130,18 +193,14 @@ def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, voc
         )
     model = build_model(config.model, vocabulary_size, num_positions(config))
     check_tensors(checkpoint, model)
-    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=False)
+    model.load_state_dict(load_parameters(checkpoint), strict=False)
     return model.eval()
 
 
 def check_tensors(checkpoint: Checkpoint, model: Decoder) -> None:
     """Raise UserError unless the checkpoint has the parameters of `model`, of the same shapes, and no others."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    try:
-        with safe_open(checkpoint.path / "model.safetensors", "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {checkpoint.path} cannot be read: {error}") from error
+    found = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
@@ -161,6 +220,7 @@ def _candidates(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
-def _sha256(path: Path) -> str:
+def describe(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file, as the manifest has them."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import torch
 
-from mmtrain.config import Config, UserError, fingerprint
+from mmtrain.config import Config, fingerprint
 from mmtrain.config.randomness import random_stream
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
 from mmtrain.models import document_starts
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import Checkpoint, save_checkpoint
+from mmtrain.train.checkpoint import Checkpoint, fill, save_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import Engine
 from mmtrain.train.schedule import learning_rate
@@ -37,6 +37,8 @@ class Run:
     tracker: Tracker | None
     run_id: str
     accumulation: int
+    shapes: dict[str, list[int]]
+    """Of every parameter, by name."""
     step: int = 0
     tokens: int = 0
     weights: str = ""
@@ -181,38 +183,30 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, batches: Batches) -> None:
-    """Write a checkpoint of this step (rank 0 writes, all ranks take part)."""
-    parameters, moments = run.engine.state()
-    updates = run.engine.updates()
+    """Write a checkpoint of this step; all ranks take part."""
     lanes = run.world.gather(batches.state(run.step - 1))
-    failure = None
+    state = {
+        "step": run.step,
+        "updates": run.engine.updates(),
+        "tokens": run.tokens,
+        "stream": merge_states(lanes),
+        "ledger": run.ledger.state(),
+        "vocabulary": run.vocabulary.fingerprint,
+        "model": fingerprint(run.config.model),
+        "weights": run.weights,
+        "run_id": run.run_id,
+    }
+    folder, keep = run.folder / "checkpoints", run.config.train.keep_checkpoints
+    save_checkpoint(folder, run.engine.owned(), run.shapes, state, run.world, keep)
     if run.world.rank == 0:
-        state = {
-            "step": run.step,
-            "updates": updates,
-            "tokens": run.tokens,
-            "stream": merge_states(lanes),
-            "ledger": run.ledger.state(),
-            "vocabulary": run.vocabulary.fingerprint,
-            "model": fingerprint(run.config.model),
-            "weights": run.weights,
-            "run_id": run.run_id,
-        }
-        try:
-            save_checkpoint(run.folder / "checkpoints", parameters, moments, state, run.config.train.keep_checkpoints)
-            run.ledger.save(run.folder / "ledger.json")
-        except UserError as error:
-            failure = str(error)
-    # Also a barrier: no rank goes on, or waits for one that has failed.
-    failure = run.world.gather(failure)[0]
-    if failure:
-        raise UserError(failure)
+        run.ledger.save(run.folder / "ledger.json")
 
 
-def restore(run: Run, checkpoint: Checkpoint, parameters: dict[str, Any], moments: dict[str, Any]) -> None:
+def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Continue from a checkpoint of this run, of any world size and ZeRO stage."""
     run.step, run.tokens = checkpoint.step, int(checkpoint.state["tokens"])
-    run.engine.load(parameters, moments, int(checkpoint.state["updates"]))
+    fill(checkpoint, run.engine.held())
+    run.engine.restored(int(checkpoint.state["updates"]))
     run.stream.load(checkpoint.state["stream"])
     run.ledger.load(checkpoint.state["ledger"])
 

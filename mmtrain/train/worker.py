@@ -26,7 +26,7 @@ from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import check_tensors, latest_checkpoint, load_tensors
+from mmtrain.train.checkpoint import check_tensors, latest_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.launch import check_batch
@@ -106,6 +106,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         source = Path(config.model.weights)
         weights = (verify_weights(source) if world.rank == 0 else open_weights(source)).fingerprint
         load_weights(model, source, vocabulary, config.seed)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     share = config.stream.global_batch // world.size
     accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
     run = Run(
@@ -120,6 +121,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
+        shapes=shapes,
         weights=weights,
         facts=artifacts.left_out(),
     )
@@ -128,7 +130,7 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         batches = range(config.train.evaluate_batches)
         run.validation = [held_out.prepare(i, world.rank, world.size) for i in batches]
     if checkpoint:
-        restore(run, checkpoint, *load_tensors(checkpoint))
+        restore(run, checkpoint)
     else:
         for kind, flops in artifacts.flops().items():
             run.ledger.book(kind, flops)

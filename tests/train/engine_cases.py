@@ -24,7 +24,7 @@ HALF, STEPS = 3, 6
 FP32 = {"ddp": ("ddp", 0, "fp32")} | {f"zero{stage}": ("deepspeed", stage, "fp32") for stage in range(4)}
 BF16 = {"ddp-bf16": ("ddp", 0, "bf16")} | {f"zero{stage}-bf16": ("deepspeed", stage, "bf16") for stage in (1, 2, 3)}
 MUON = {"ddp-muon": ("ddp", 0, "fp32"), "ddp-muon-bf16": ("ddp", 0, "bf16")}
-State = tuple[dict[str, Tensor], dict[str, Tensor]]
+State = dict[str, Tensor]
 
 
 def configure(name: str) -> Config:
@@ -46,6 +46,9 @@ def new_model(config: Config) -> Decoder:
     model = build_model(config.model, VOCABULARY, LENGTH)
     model.initialize(0)
     return model
+
+
+SIZES = {name: p.numel() for name, p in new_model(configure("ddp")).named_parameters()}
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -112,44 +115,56 @@ def new_engine(name: str, world: World, accumulation: int = 1) -> Engine:
     return build_engine(new_model(config), config, world, accumulation)
 
 
-def from_rank_0(state: State) -> State:
-    """The state on all ranks, as each would read it from the checkpoint."""
-    box = [state]
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
+def whole_state(engine: Engine, world: World) -> State:
+    """KIND.NAME -> flat tensor, put together on every rank from what each rank owns; NaN where nobody owns it."""
+    state: State = {}
+    own = [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.owned()]
+    for name, start, tensors in sum(world.gather(own), []):
+        size = SIZES[name]
+        for kind, tensor in tensors.items():
+            flat = state.setdefault(f"{kind}.{name}", torch.full((size,), float("nan")))
+            assert flat[start : start + len(tensor)].isnan().all(), f"{name} is owned twice"
+            flat[start : start + len(tensor)] = tensor
+    assert not any(flat.isnan().any() for flat in state.values())
+    return state
+
+
+def load(engine: Engine, state: State, updates: int) -> None:
+    for f in engine.held():
+        for kind, tensor in f.tensors.items():
+            tensor.copy_(state[f"{kind}.{f.name}"][f.start : f.start + f.length])
+    engine.restored(updates)
 
 
 def equal(left: State, right: State) -> bool:
     """Bit for bit, the same names included."""
-    pairs = list(zip(left, right, strict=True))
-    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def straight_and_resumed(name: str, world: World) -> tuple[dict[str, Any], State]:
     """Six steps at one go, and three more in a fresh engine from the state after three."""
     engine = new_engine(name, world)
     losses = train(engine, world, 0, HALF)
-    state = from_rank_0(engine.state())
+    state = whole_state(engine, world)
     losses += train(engine, world, HALF, STEPS)
-    end = engine.state()
+    end = whole_state(engine, world)
 
     resumed = new_engine(name, world)
-    resumed.load(*state, HALF)
-    loaded = resumed.state()
+    load(resumed, state, HALF)
+    loaded = whole_state(resumed, world)
     later = train(resumed, world, HALF, STEPS)
-    later_end = resumed.state()
+    later_end = whole_state(resumed, world)
     facts = {
         "losses": losses,
-        "loads_what_it_saved": world.rank != 0 or equal(state, loaded),
-        "resumes_exactly": later == losses[HALF:] and (world.rank != 0 or equal(end, later_end)),
+        "loads_what_it_saved": equal(state, loaded),
+        "resumes_exactly": later == losses[HALF:] and equal(end, later_end),
     }
     return facts, state
 
 
 def continued(name: str, world: World, state: State) -> list[list[float]]:
     engine = new_engine(name, world)
-    engine.load(*state, HALF)
+    load(engine, state, HALF)
     return train(engine, world, HALF, STEPS)
 
 
@@ -157,12 +172,12 @@ def poisoned(name: str, world: World) -> bool:
     """Whether a step whose gradient is not finite leaves parameters and moments alone."""
     engine = new_engine(name, world)
     train(engine, world, 0, 1)
-    before = engine.state()
+    before = whole_state(engine, world)
     inputs = {key: tensor[world.rank :: world.size] for key, tensor in batch(1).items()}
     engine.backward(engine.forward(inputs).total * float("nan"), torch.tensor(1.0))
     engine.step(1e-3)
-    after = engine.state()
-    return engine.updates() == 1 and (world.rank != 0 or equal(before, after))
+    after = whole_state(engine, world)
+    return engine.updates() == 1 and equal(before, after)
 
 
 def main() -> None:
@@ -171,7 +186,7 @@ def main() -> None:
     world = start_world()
     facts: dict[str, Any] = {"straight": {}, "accumulated": {}, "continued": {}, "poisoned": {}}
     if world.size == 1:
-        state = load_file(out / "parameters.safetensors"), load_file(out / "moments.safetensors")
+        state = load_file(out / "state.safetensors")
         facts["continued"] = {name: continued(name, world, state) for name in ("ddp", "zero1", "zero3")}
         facts["naive"], facts["naive_muon"] = naive(False), naive(True)
     else:
@@ -186,8 +201,7 @@ def main() -> None:
         for name in FP32 | BF16 | MUON:
             facts["poisoned"][name] = poisoned(name, world)
         if world.rank == 0:
-            save_file(states["zero3"][0], out / "parameters.safetensors")
-            save_file(states["zero3"][1], out / "moments.safetensors")
+            save_file(states["zero3"], out / "state.safetensors")
     if world.rank == 0:
         (out / f"world-{world.size}.json").write_text(json.dumps(facts))
     world.barrier()
