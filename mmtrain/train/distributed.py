@@ -16,6 +16,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """Between the hosts (gloo), for what must not wait for the devices."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -28,13 +30,13 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
 def start_world() -> World:
@@ -53,4 +55,4 @@ def start_world() -> World:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    return World(rank, size, device)
+    return World(rank, size, device, dist.new_group(backend="gloo"))

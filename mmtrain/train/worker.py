@@ -45,28 +45,52 @@ def main() -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that newer versions of torch deprecate, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    world = start_world()
+    config = load_frozen(folder / "config.yaml")
+    world = start_world(process_group_timeout(config.health))
     run = None
     code = 1
-    try:
-        with claim(folder) if world.rank == 0 else contextlib.nullcontext():
-            run = build_run(folder, load_frozen(folder / "config.yaml"), world)
-            train(run)
-            code = 0
-    except UserError as error:
-        if os.environ.get("MMTRAIN_DEBUG"):
-            raise
-        # What concerns all ranks is said by the first, whose end ends the others; what concerns one, by that one.
-        if world.rank:
-            time.sleep(OTHERS_WAIT_SECONDS)
-        print(f"mmtrain: {error}", file=sys.stderr, flush=True)
-        code = 2
-    finally:
-        if run and run.tracker:
-            run.tracker.close(code)
+    with Watchdog(folder / "logs", world.rank, limits(config.health)) as watchdog:
+        try:
+            with claim(folder) if world.rank == 0 else contextlib.nullcontext():
+                check_ranks(world, folder)
+                run = build_run(folder, config, world, watchdog)
+                train(run)
+                code = 0
+        except UserError as error:
+            if os.environ.get("MMTRAIN_DEBUG"):
+                raise
+            code = complain(world, str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
+                raise
+            code = complain(world, out_of_memory(error, config, world.size))
+        finally:
+            record_end(folder, world, run, code)
+            if run and run.tracker:
+                run.tracker.close(code)
     if code == 0:
         torch.distributed.destroy_process_group()
     return code
+
+
+def complain(world: World, sentence: str) -> int:
+    """Say why training cannot go on; returns the exit code."""
+    # What concerns all ranks is said by the first, whose end ends the others; what concerns one, by that one.
+    if world.rank:
+        time.sleep(OTHERS_WAIT_SECONDS)
+    print(f"mmtrain: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+def record_end(folder: Path, world: World, run: Run | None, code: int) -> None:
+    """Write status.json and end the segment of goodput, on rank 0."""
+    if world.rank or run is None:
+        return
+    state = "failed" if code else "stopped" if run.stopping.reason else "finished"
+    reason = run.stopping.reason or ("" if code == 0 else f"exit code {code}")
+    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+        write_status(folder, state, run.step, reason)
+        end_segment(folder, run.step, reason or state)
 
 
 @contextlib.contextmanager
@@ -80,13 +104,13 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_run(folder: Path, config: Config, world: World) -> Run:
+def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) -> Run:
     """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
     check_batch(config, world.size)
     check_attention(config.model.attention, world.device)
     artifacts = Artifacts.load(folder)
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
-    checkpoint, complaints = latest_checkpoint(folder / "checkpoints")
+    checkpoint, complaints = latest_checkpoint(folder / "checkpoints", world)
     for complaint in complaints if world.rank == 0 else []:
         print(f"mmtrain: {complaint}; continuing from {checkpoint.path if checkpoint else 0}", file=sys.stderr)
     if checkpoint and checkpoint.state["vocabulary"] != vocabulary.fingerprint:
@@ -96,6 +120,10 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         )
 
     positions = num_positions(config)
+    if config.engine.stage == "auto":
+        config.engine.stage, why = choose_stage(config, vocabulary.size, positions, world)
+        if world.rank == 0:
+            print(f"engine.stage=auto: {why}")
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
     weights = ""
@@ -109,15 +137,22 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     share = config.stream.global_batch // world.size
     accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
+    c = config.train
+    engine = build_engine(model.to(world.device), config, world, accumulation)
     run = Run(
         config=config,
         folder=folder,
         world=world,
         vocabulary=vocabulary,
-        engine=build_engine(model.to(world.device), config, world, accumulation),
+        model=model,
+        engine=engine,
         stream=open_stream(config, artifacts, vocabulary, "train"),
         validation=[],
         ledger=Ledger(),
+        saver=Saver(folder / "checkpoints", world, c.keep_checkpoints, c.keep_every, c.async_checkpoint),
+        health=Health(config.health, world.device),
+        sections=Sections(world.device, watchdog.enter),
+        stopping=Stopping(folder, world),
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
@@ -137,6 +172,9 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     if world.rank == 0:
         repeated = run.ledger.recover(folder / "ledger.json")
         announce(run, count_parameters(config.model, vocabulary.size, positions), repeated)
+        write_text_atomic(folder / "engine.json", json.dumps(engine.effective(), indent=1) + "\n")
+        write_status(folder, "running", run.step, "")
+        start_segment(folder, run.step, world.size)
         run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
     return run
 

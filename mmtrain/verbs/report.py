@@ -53,6 +53,7 @@ def collect(run: TrainedRun) -> ReportData:
         captions=captions,
         evaluation=evaluation(run),
         ledger=ledger,
+        goodput=goodput(run.folder),
         comparison=comparison,
         compute=compute_table(own),
         environment=json.loads((run.folder / "environment.json").read_text()),
