@@ -129,7 +129,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} is incomplete or damaged ({error!r}); delete the folder") from error
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest_checkpoint(folder: Path, world: World | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that does not.
 
     Raises UserError when there are checkpoints and none verifies: a run never restarts from 0 in silence.

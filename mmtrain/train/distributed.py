@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class World:
             dist.barrier(group=self.control)
 
 
-def start_world() -> World:
-    """Join the process group that the launcher's environment describes; a lone process is a world of one."""
+def start_world(timeout: timedelta | None = None) -> World:
+    """Join the process group that the launcher's environment describes; a lone process is a world of one.
+
+    timeout: of a collective; default: torch's.
+    """
     rank, size, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -51,8 +55,8 @@ def start_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    return World(rank, size, device, dist.new_group(backend="gloo"))
+        dist.init_process_group("gloo", timeout=timeout)
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=timeout))

@@ -11,7 +11,8 @@ import torch
 from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.config.randomness import random_stream
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
-from mmtrain.models import Decoder, describe_signs, document_starts
+from mmtrain.models import Decoder, document_starts
+from mmtrain.models.signs import describe_signs
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
@@ -91,8 +92,8 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
-    """Train until the last step, a stop, or a roll-back, after which `run.step` is smaller; returns the last log row."""
-    config, world, sections = run.config, run.world, run.sections
+    """Train until the last step, a stop, or a roll-back, which makes `run.step` smaller; returns the last log row."""
+    config, sections = run.config, run.sections
     steps = config.train.steps
     window = new_window(run)
     row: dict[str, Any] = {}

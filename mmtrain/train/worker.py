@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mmtrain.config import Config, UserError
+from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
 from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
@@ -25,13 +26,21 @@ from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
-from mmtrain.track import Tracker
+from mmtrain.track import Tracker, end_segment, start_segment
+from mmtrain.train.agreement import check_ranks
 from mmtrain.train.checkpoint import check_tensors, latest_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
+from mmtrain.train.health import Health
 from mmtrain.train.launch import check_batch
 from mmtrain.train.loop import Run, restore, train
+from mmtrain.train.memory import choose_stage, is_out_of_memory, out_of_memory
 from mmtrain.train.run import Artifacts
+from mmtrain.train.saving import Saver
+from mmtrain.train.sections import Sections
+from mmtrain.train.status import write_status
+from mmtrain.train.stopping import Stopping
+from mmtrain.train.watchdog import Watchdog, limits, process_group_timeout
 
 OTHERS_WAIT_SECONDS = 3.0
 

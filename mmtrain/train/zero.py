@@ -177,3 +177,6 @@ class DeepSpeedEngine:
         elif not self._plain():
             for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+
+    def effective(self) -> dict[str, Any]:
+        return {}
