@@ -36,7 +36,7 @@ def _at(step: int, only: int, action: Action, rank: int) -> None:
 
 
 def within(function: str, rank: int, action: Action, after: int = 0) -> Callable[[int], None]:
-    """Do `action(run)` on `rank` at the start of `loop.FUNCTION` (save, evaluate), the first time after step `after`."""
+    """Do `action(run)` on `rank` as `loop.FUNCTION` (save, evaluate) begins, once, after step `after`."""
     return partial(_within, function, rank, action, after)
 
 
