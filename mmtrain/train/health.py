@@ -16,6 +16,7 @@ from mmtrain.config.schema import HealthConfig
 FLOOR = 0.002  # of the mean: a loss that hardly moves would otherwise call its own noise a spike
 FEWEST = 20  # losses; the deviation of n is uncertain by a share of 1 / sqrt(2 n)
 SCORE_STEPS = 1000
+SPIKE = "loss is a spike"
 
 
 class SpikeDetector:
@@ -183,7 +184,9 @@ class Health:
         if t.in_a_row >= self.config.max_skipped:
             stop = self._why_skipped()
         elif rollback and self.skips.rollbacks >= self.config.max_rollbacks:
-            stop, rollback = self._why_no_rollback(rollback), None
+            stop = self._why_no_rollback(rollback)
+        if stop:
+            rollback = None
         return Verdict(t.skipped, t.in_a_row, t.spikes, sentences, rollback, stop)
 
     def row(self) -> dict[str, float]:
@@ -241,7 +244,7 @@ class Health:
         if not math.isfinite(loss):
             return "loss is not finite"
         if is_spike and self.config.spike == "skip":
-            return "loss is a spike"
+            return SPIKE
         if norm is not None and not math.isfinite(norm):
             return "gradient is not finite"
         return None
@@ -249,11 +252,12 @@ class Health:
     def _why_skipped(self) -> str:
         t = self._tally
         causes = ", ".join(f"{number} because the {cause}" for cause, number in t.causes.items())
+        level = " A higher loss that stays, as with other data, needs health.spike=log." if SPIKE in t.causes else ""
         return (
             f"{t.in_a_row} updates in a row were skipped (health.max_skipped), steps {t.first_in_a_row} to {t.step}: "
             f"{causes}; the weights are still those of step {t.first_in_a_row - 1}. Either training has diverged: go "
             "on from an earlier checkpoint with a lower optim.lr, a longer optim.warmup_steps, a smaller optim.clip "
-            "or model.z_loss=1e-5; or the data of these steps are at fault: look at what the corpus holds there"
+            f"or model.z_loss=1e-5; or the data of these steps are at fault.{level}"
         )
 
     def _why_no_rollback(self, spike: int) -> str:
