@@ -19,11 +19,12 @@ from mmtrain.track import Tracker
 from mmtrain.train.checkpoint import Checkpoint, fill, latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import Engine
-from mmtrain.train.health import Health, Skips
+from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.saving import Saver
 from mmtrain.train.schedule import learning_rate
 from mmtrain.train.sections import Sections, stragglers
 from mmtrain.train.stopping import Stopping
+from mmtrain.train.watchdog import Watchdog
 from mmtrain.train.window import Totals, Window
 
 
@@ -42,7 +43,9 @@ class Run:
     ledger: Ledger
     saver: Saver
     health: Health
+    detector: SpikeDetector
     sections: Sections
+    watchdog: Watchdog
     stopping: Stopping
     tracker: Tracker | None
     run_id: str
@@ -51,8 +54,6 @@ class Run:
     """Of every parameter, by name."""
     step: int = 0
     tokens: int = 0
-    skips: Skips = field(default_factory=Skips)
-    """Batches that roll-backs left out."""
     weights: str = ""
     """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -80,10 +81,12 @@ def train(run: Run) -> dict[str, Any]:
         if config.train.dry_run and run.step < steps:
             dry_run(run)
         while run.step < steps and not run.stopping.reason:
-            wanted = range(run.skips.batch_index(run.step), run.skips.batch_index(steps))
+            batch_index = run.health.skips.batch_index
+            wanted = range(batch_index(run.step), batch_index(steps - 1) + 1)
             with prefetch(run.stream, wanted, world.rank, world.size) as batches:
                 row = advance(run, batches, peak)
-    failure = run.saver.wait()
+    with run.sections("checkpoint"):
+        failure = run.saver.wait()
     for sentence in run.saver.poll():
         run.say(sentence)
     if failure:
@@ -99,6 +102,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for step in range(run.step, steps):
         run.stopping.ask()
+        run.watchdog.start_step(step + 1)
         started = time.perf_counter()
         with sections("data"):
             index, batch, counts = next(batches)
@@ -109,8 +113,8 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
         rate = learning_rate(step, steps, config.optim)
         with sections("step"):
             norm = run.engine.step(rate)
-        run.health.observe(step, loss, norm)
         run.step = step + 1
+        run.health.observe(run.step, loss, norm, run.detector.is_spike)
 
         is_last = run.stopping.agreed()
         saving = is_last or due(run.step, config.train.checkpoint_every, steps)
@@ -124,7 +128,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
             run.facts = {}
         if verdict.stop:
             raise UserError(verdict.stop)
-        if verdict.rollback and roll_back(run, batches, index):
+        if verdict.rollback and roll_back(run, batches, verdict.rollback):
             return row
         if due(run.step, config.train.evaluate_every, steps) and not is_last:
             paused = time.perf_counter()
@@ -152,7 +156,8 @@ def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, 
     """
     config, world = run.config, run.world
     inputs = model_inputs(batch, run.vocabulary, world.device, config.model.attention)
-    weight = world.sum(inputs["loss_weight"].sum())
+    with run.sections("reduce"):
+        weight = world.sum(inputs["loss_weight"].sum())
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
     for number, micro in enumerate(split_batch(inputs, run.accumulation)):
         if config.model.dropout:
@@ -164,7 +169,10 @@ def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, 
         if poison:
             total = total * float("nan")
         elif number == run.accumulation - 1:
-            total = total * run.health.factor(world.sum(loss))
+            with run.sections("reduce"):
+                factor = run.detector.judge(world.sum(loss))
+            if config.health.spike == "skip":
+                total = total * factor
         with run.sections("backward"):
             run.engine.backward(total, weight)
         if window:
@@ -178,26 +186,27 @@ def dry_run(run: Run) -> None:
     run.engine.step(0.0)
 
 
-def roll_back(run: Run, batches: Batches, index: int) -> bool:
-    """Go back to the newest checkpoint and on with the batch after `index`; False when there is none.
+def roll_back(run: Run, batches: Batches, spike: int) -> bool:
+    """Go back to the newest checkpoint before step `spike`, and on with the data after it; False when there is none.
 
     Training since then is booked as repeated. All ranks come here together.
     """
-    run.saver.wait()
-    checkpoint, _ = latest_checkpoint(run.folder / "checkpoints", run.world)
-    if checkpoint is None:
-        run.say("there is no checkpoint to go back to yet; going on")
-        return False
-    before = run.ledger.state()
-    spiked = run.step
-    lanes = merge_states(run.world.gather(batches.state(index)))
-    health = run.health.state()
-    restore(run, checkpoint)
-    run.stream.load(lanes)
-    run.ledger.repeat(before)
-    run.health.load(health)
-    run.skips.leave_out(run.step, spiked, index)
-    run.say(f"back at step {run.step}, after the spike at step {spiked}; its data since then is left out")
+    with run.sections("checkpoint"):
+        run.saver.wait()
+        checkpoint, _ = latest_checkpoint(run.folder / "checkpoints", run.world)
+        if checkpoint is None or checkpoint.step >= spike:
+            run.say(f"there is no checkpoint before step {spike} to go back to; going on")
+            return False
+        spent, health, detector = run.ledger.state(), run.health.state(), run.detector.state()
+        skips = run.health.skips.back(checkpoint.step, run.step)
+        lanes = merge_states(run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1))))
+        restore(run, checkpoint)
+        run.stream.load(lanes)
+        run.ledger.repeat(spent)
+        run.health.load(health)
+        run.detector.load(detector)
+        run.health.skips = skips
+    run.say(f"back at step {run.step} after the spike at step {spike}; the batches since then are left out")
     return True
 
 
@@ -205,7 +214,7 @@ def watched(run: Run) -> dict[str, Any]:
     """Numbers of `health` for the log, and a sentence for every rank that is slow; all ranks must call."""
     by_rank = run.world.gather(run.sections.take())
     for slow in stragglers(by_rank, run.config.health.straggler_factor):
-        run.say(f"rank {slow.rank} takes {slow.ratio:.1f} times as long as the others in {slow.section}")
+        run.say(str(slow))
     mean = {name: sum(row.get(name, 0.0) for row in by_rank) / len(by_rank) for name in by_rank[0]}
     row = {f"seconds/{name}": seconds for name, seconds in mean.items()} | run.health.row()
     signs = run.model.take_signs()
@@ -309,14 +318,14 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 def save(run: Run, batches: Batches) -> None:
     """Write a checkpoint of this step; all ranks take part."""
-    lanes = run.world.gather(batches.state(run.skips.batch_index(run.step) - 1))
+    lanes = run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1)))
     state = {
         "step": run.step,
         "updates": run.engine.updates(),
         "tokens": run.tokens,
         "stream": merge_states(lanes),
-        "skips": run.skips.state(),
         "health": run.health.state(),
+        "spikes": run.detector.state(),
         "ledger": run.ledger.state(),
         "vocabulary": run.vocabulary.fingerprint,
         "model": fingerprint(run.config.model),
@@ -335,8 +344,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     fill(checkpoint, run.engine.held())
     run.engine.restored(int(state["updates"]))
     run.stream.load(state["stream"])
-    run.skips.load(state["skips"])
     run.health.load(state["health"])
+    run.detector.load(state["spikes"])
     run.ledger.load(state["ledger"])
 
 

@@ -31,7 +31,7 @@ from mmtrain.train.agreement import check_ranks
 from mmtrain.train.checkpoint import check_tensors, latest_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
-from mmtrain.train.health import Health
+from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.launch import check_batch
 from mmtrain.train.loop import Run, restore, train
 from mmtrain.train.memory import choose_stage, is_out_of_memory, out_of_memory
@@ -40,7 +40,7 @@ from mmtrain.train.saving import Saver
 from mmtrain.train.sections import Sections
 from mmtrain.train.status import write_status
 from mmtrain.train.stopping import Stopping
-from mmtrain.train.watchdog import Watchdog, limits, process_group_timeout
+from mmtrain.train.watchdog import Watchdog, process_group_timeout, section_limits
 
 OTHERS_WAIT_SECONDS = 3.0
 
@@ -58,25 +58,27 @@ def main() -> int:
     world = start_world(process_group_timeout(config.health))
     run = None
     code = 1
-    with Watchdog(folder / "logs", world.rank, limits(config.health)) as watchdog:
-        try:
-            with claim(folder) if world.rank == 0 else contextlib.nullcontext():
-                check_ranks(world, folder)
-                run = build_run(folder, config, world, watchdog)
-                train(run)
-                code = 0
-        except UserError as error:
-            if os.environ.get("MMTRAIN_DEBUG"):
-                raise
-            code = complain(world, str(error))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
-                raise
-            code = complain(world, out_of_memory(error, config, world.size))
-        finally:
-            record_end(folder, world, run, code)
-            if run and run.tracker:
-                run.tracker.close(code)
+    watchdog = Watchdog(folder / "logs", world.rank, section_limits(config.health))
+    try:
+        with claim(folder) if world.rank == 0 else contextlib.nullcontext():
+            check_ranks(world, folder)
+            run = build_run(folder, config, world, watchdog)
+            train(run)
+            code = 0
+    except UserError as error:
+        if os.environ.get("MMTRAIN_DEBUG"):
+            raise
+        code = complain(world, str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
+            raise
+        code = complain(world, out_of_memory(error, config, world.size))
+    finally:
+        watchdog.pause()
+        record_end(folder, world, run, code)
+        if run and run.tracker:
+            run.tracker.close(code)
+        watchdog.close()
     if code == 0:
         torch.distributed.destroy_process_group()
     return code
@@ -160,7 +162,9 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) ->
         ledger=Ledger(),
         saver=Saver(folder / "checkpoints", world, c.keep_checkpoints, c.keep_every, c.async_checkpoint),
         health=Health(config.health, world.device),
+        detector=SpikeDetector(config.health.spike_window, config.health.spike_sigma, world.device),
         sections=Sections(world.device, watchdog.enter),
+        watchdog=watchdog,
         stopping=Stopping(folder, world),
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
