@@ -276,21 +276,23 @@ class LateValues:
         # Pinned, or the copy would wait for the device.
         self._buffer = torch.empty(3, dtype=torch.float64, pin_memory=torch.cuda.is_available())
         self._copied = torch.cuda.Event(blocking=True)
-        self._sent: tuple[int, float | None, bool] | None = None
+        self._sent: tuple[int, Tensor, float | None] | None = None
 
     def send(self, step: int, loss: Tensor, norm: Tensor | float | None, is_spike: Tensor) -> None:
         """Start the copy; the one before must have been received."""
-        on_device = isinstance(norm, Tensor) and norm.device == loss.device
-        values = torch.stack([x.detach().double().reshape(()) for x in (loss, is_spike, norm if on_device else loss)])
-        self._buffer.copy_(values, non_blocking=True)
+        values = [loss, is_spike]
+        if isinstance(norm, Tensor) and norm.device == loss.device:
+            values.append(norm)
+        buffer = self._buffer[: len(values)]
+        buffer.copy_(torch.stack([x.detach().double().reshape(()) for x in values]), non_blocking=True)
         self._copied.record()
-        self._sent = step, None if norm is None or on_device else float(norm), on_device
+        self._sent = step, buffer, None if norm is None or len(values) == 3 else float(norm)
 
     def receive(self) -> tuple[int, float, float | None, bool] | None:
         """Step, loss, norm and whether it is a spike, waiting for the copy; None when nothing was sent since."""
         if self._sent is None:
             return None
         self._copied.synchronize()
-        (step, host_norm, on_device), self._sent = self._sent, None
-        loss, is_spike, norm = self._buffer.tolist()
-        return step, loss, norm if on_device else host_norm, bool(is_spike)
+        (step, buffer, host_norm), self._sent = self._sent, None
+        loss, is_spike, *device_norm = buffer.tolist()
+        return step, loss, device_norm[0] if device_norm else host_norm, bool(is_spike)

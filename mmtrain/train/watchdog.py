@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from mmtrain.config import write_text_atomic
 from mmtrain.config.schema import HealthConfig
@@ -49,16 +49,21 @@ def process_group_timeout(health: HealthConfig) -> timedelta:
     return timedelta(seconds=max(limits) + 600) if all(limits) else timedelta(days=365)
 
 
-@dataclass(frozen=True)
-class Armed:
-    """A section that is being watched."""
+class Armed(NamedTuple):
+    """A section that is being watched; times are of the monotonic clock."""
 
     section: str
     started: float
-    """By the monotonic clock."""
     limited_by: str
     """The section whose limit counts: setup until the first step is done."""
     seconds: float
+    until: float
+
+
+def armed(section: str, limited_by: str, seconds: float) -> Armed:
+    """A section that begins now; seconds: its limit, 0 for none."""
+    now = time.monotonic()
+    return Armed(section, now, limited_by, seconds, now + seconds if seconds else math.inf)
 
 
 class Watchdog:
@@ -67,7 +72,8 @@ class Watchdog:
     Before that it writes the Python stacks of all threads to FOLDER/hang-rank-N.txt, a mark for `read_hangs` to
     FOLDER/hang-rank-N.json, one sentence to stderr, and calls `on_hang` in a thread, for CALLBACK_SECONDS at most.
     A section lasts until the next one is entered, so that no moment of a step is unwatched; on a CUDA device it is the
-    one in which the host waits, maybe for kernels launched in an earlier one. Limits are of the monotonic clock; time in which the process was stopped (SIGSTOP, a frozen virtual machine) does not count.
+    one in which the host waits, maybe for kernels launched in an earlier one. Limits are of the monotonic clock; time
+    in which the process was stopped (SIGSTOP, a frozen virtual machine) does not count.
 
     A call that never gives back Python's global lock stops the watching thread, too. Then a thread of faulthandler,
     which needs no lock, writes the stacks `backstop_seconds` after the limit and ends the process with exit code 1,
@@ -88,9 +94,13 @@ class Watchdog:
         self.rank, self.limits, self.exit_code, self.backstop_seconds = rank, dict(limits), exit_code, backstop_seconds
         self.step, self.entered = 0, 0
         self._on_hang = on_hang
-        self._setup: Armed | None = Armed(SETUP, time.monotonic(), SETUP, self.limits[SETUP])
+        self._setup: Armed | None = armed(SETUP, SETUP, self.limits[SETUP])
         self._armed: Armed | None = self._setup
         self._begun = False
+        self._forgiven = 0.0
+        """Seconds of the section in which this process could not run."""
+        self._backstop_at = math.inf
+        self._lock = threading.Lock()
         self._mark, self._stacks = mark_files(folder, rank)
         self._file = fresh_files(folder, rank)
         self._closed = threading.Event()
@@ -108,10 +118,9 @@ class Watchdog:
         """Begin a section, which ends the one before. Raises KeyError for a section without a limit."""
         limit, setup = self.limits[section], self._setup
         self.entered += 1
-        if setup:
-            self._armed = Armed(section, setup.started, SETUP, setup.seconds)
-        else:
-            self._armed = Armed(section, time.monotonic(), section, limit)
+        self._armed = now = setup._replace(section=section) if setup else armed(section, section, limit)
+        if now.until + self.backstop_seconds < self._backstop_at:  # the thread may never get to it
+            self._arm_backstop()
 
     def pause(self) -> None:
         """Watch nothing until the next section is entered."""
@@ -119,6 +128,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Watch nothing any more."""
+        if self._file.closed:
+            return
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -127,38 +138,42 @@ class Watchdog:
         self._file.close()
 
     def _watch(self) -> None:
-        watched, forgiven, ticked, rearmed = self._armed, 0.0, time.monotonic(), -math.inf
+        watched, ticked, rearmed = self._armed, time.monotonic(), -math.inf
         # Sooner than the backstop of a section that ended just before its limit would act.
         rearm_seconds = min(REARM_SECONDS, self.backstop_seconds / 2)
-        while not self._closed.is_set():
-            now, armed = time.monotonic(), self._armed
-            late, ticked = now - ticked - TICK_SECONDS, now
-            if armed is None or watched is None or armed.started != watched.started:
-                forgiven = 0.0
-            watched = armed
-            if armed and late > LATE_SECONDS:
-                forgiven += min(late, now - armed.started)
-            left = armed.seconds - (now - armed.started - forgiven) if armed and armed.seconds else None
-            if armed and left is not None and left <= 0:
-                self._end(armed, armed.seconds - left)
+        wait = TICK_SECONDS
+        while not self._closed.wait(wait):
+            now, current = time.monotonic(), self._armed
+            late, ticked = now - ticked - wait, now
+            if current is None or watched is None or current.started != watched.started:
+                self._forgiven = 0.0
+            watched = current
+            if current and late > LATE_SECONDS:
+                self._forgiven += min(late, now - current.started)
+            if current and (left := current.until + self._forgiven - now) <= 0:
+                self._end(current, current.seconds - left)
             if now - rearmed >= rearm_seconds or late > LATE_SECONDS:
-                self._arm_backstop(left)
+                self._arm_backstop()
                 rearmed = now
-            self._closed.wait(TICK_SECONDS if left is None else min(TICK_SECONDS, left))
+            wait = min(TICK_SECONDS, left) if current else TICK_SECONDS
 
-    def _arm_backstop(self, left: float | None) -> None:
-        if left is None:
+    def _arm_backstop(self) -> None:
+        with self._lock:
+            current = self._armed
+            until = current.until + self._forgiven + self.backstop_seconds if current else math.inf
             faulthandler.cancel_dump_traceback_later()
-        else:
-            faulthandler.dump_traceback_later(left + self.backstop_seconds, exit=True, file=self._file)
+            if until < math.inf:
+                left = max(until - time.monotonic(), self.backstop_seconds)
+                faulthandler.dump_traceback_later(left, exit=True, file=self._file)
+            self._backstop_at = until
 
-    def _end(self, armed: Armed, seconds: float) -> None:
+    def _end(self, ended: Armed, seconds: float) -> None:
         """Tell and exit. Each part may fail or wait (a file system that hangs), and none of them may keep the rest."""
-        self._arm_backstop(CALLBACK_SECONDS)
-        setting = f"health.{SETTINGS.get(armed.limited_by, armed.limited_by)}"
+        faulthandler.dump_traceback_later(CALLBACK_SECONDS + self.backstop_seconds, exit=True, file=self._file)
+        setting = f"health.{SETTINGS.get(ended.limited_by, ended.limited_by)}"
         host = socket.gethostname()
-        hang = Hang(self.rank, armed.section, host, self.step, self.entered, round(seconds, 1), setting)
-        sentence = f"{hang}, longer than {setting}={armed.seconds:g}"
+        hang = Hang(self.rank, ended.section, host, self.step, self.entered, round(seconds, 1), setting)
+        sentence = f"{hang}, longer than {setting}={ended.seconds:g}"
         with contextlib.suppress(Exception):
             print(f"mmtrain: {sentence}; its stacks: {self._stacks}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
@@ -234,7 +249,7 @@ def read_mark(file: Path, rank: int) -> Hang:
     try:
         with open(file, "rb") as opened:
             hang = Hang(**json.loads(opened.read(MOST_MARK_BYTES)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return empty
     right = all(type(getattr(hang, f.name)) is type(getattr(empty, f.name)) for f in fields(Hang))
     return hang if right and hang.rank == rank else empty
