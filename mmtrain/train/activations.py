@@ -65,7 +65,9 @@ def backward_of_block(config: Config, rows: int, precision: Precision) -> int:
 def kept_around_blocks(config: Config, rows: int, precision: Precision, device: str) -> int:
     """Bytes of the embedding, the final norm and the head's gradient of its input, and of the mask."""
     c, S = config.model, config.stream.sequence_length
-    per_token = _kept_by_norm(config, precision, device) + c.width * precision.stream + (4 * c.head_size if c.rotary else 0)
+    per_token = _kept_by_norm(config, precision, device) + c.width * precision.stream
+    if c.rotary:
+        per_token += 4 * c.head_size
     return rows * S * per_token + (rows * S**2 if has_dense_mask(config) else 0)
 
 

@@ -5,10 +5,13 @@ moments, which ZeRO shares out over the ranks stage by stage (Rajbhandari et al.
 with DeepSpeed 0.19's buffers as its sources allocate them). Activations: train/activations.py.
 """
 
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
+import psutil
 import torch
 
 from mmtrain.config import Config, UserError
@@ -16,10 +19,10 @@ from mmtrain.models import count_parameters
 from mmtrain.train.activations import (
     Precision,
     backward_of_block,
-    has_dense_mask,
     kept_around_blocks,
     kept_by_block,
 )
+from mmtrain.train.distributed import World
 
 USABLE = 0.9  # the rest: fragments, the libraries' own buffers, work spaces of products
 BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, as in engine.deepspeed_config
@@ -114,6 +117,7 @@ def estimate(
     head_gradient = head * (4 if precision.parameter == 4 else 4 + precision.parameter)
     cast = 2 * (P if config.model.tie_embeddings else P - head) if precision.is_autocast else 0
     parameters = states.parameters + states.gathered
+    resting = states.buffers if stage in (None, 3) else 0  # others allocate their bucket for each backward pass
 
     def at(parameters: int, gradients: int, activations: int, logits: int, buffers: int) -> Memory:
         snapshot = 12 * P // ranks
@@ -121,8 +125,10 @@ def estimate(
         return Memory(parameters, gradients, moments, activations, logits, buffers, moved, snapshot)
 
     return max(
+        # the start: the model is built in float32 on every rank
+        Memory(4 * P, 0, 0, 0, 0, 0, states.offloaded, 12 * P // ranks),
         # the head, at the end of the forward pass
-        at(parameters + cast, states.accumulated, kept + around + stream, logits + head_gradient, states.buffers),
+        at(parameters + cast, states.accumulated, kept + around + stream, logits + head_gradient, resting),
         # the last block's backward pass, when no other block has given its activations back
         at(
             parameters + (0 if recomputed else cast),
@@ -133,6 +139,7 @@ def estimate(
         ),
         # the end of the backward pass: the gradients of the embedding, as head and as table
         at(parameters, states.gradients, around + backward, head * precision.parameter, states.buffers),
+        # the update
         at(states.parameters, states.gradients, around, 0, states.buffers + states.update),
         key=lambda memory: memory.device_total,
     )
@@ -156,7 +163,7 @@ def _zero(
     """DeepSpeed, by stage; size: bytes of a parameter."""
     if stage == 0:
         return States(4 * P, 0, 4 * P if is_accumulated else 0, 4 * P, 8 * P, 0, 4 * min(P, FLATTENED))
-    bucket = BUCKET * (size if size == 4 else size + 4)  # reduced in float32
+    bucket = BUCKET * size + (4 * min(P, BUCKET) if size == 2 else 0)  # reduced as a copy in float32
     masters_and_moments, offloaded = 12 * P // N, 0
     update = 4 * P // N
     if stage == 1 and size == 2 and not offload_optimizer:
@@ -171,6 +178,7 @@ def _zero(
         accumulated = gradients if is_accumulated else 0
     else:
         accumulated = gradients = 4 * P // N
+        bucket = BUCKET * 4
     if offload_optimizer:
         offloaded = masters_and_moments + 4 * P // N
         gradients, accumulated = (gradients, accumulated) if stage == 1 else (0, 0)
@@ -181,3 +189,136 @@ def _zero(
     if offload_parameters:
         parameters, gathered, offloaded = 0, size * min(P, GATHERED), offloaded + size * P // N
     return States(parameters, gathered, accumulated, gradients, masters_and_moments, bucket, update, offloaded)
+
+
+def available_bytes(world: World) -> int:
+    """Free memory of the rank that has least, before its model is built; all ranks must call."""
+    if world.device.type == "cuda":
+        own = torch.cuda.mem_get_info(world.device)[0]
+    else:  # torchrun and DeepSpeed's launcher name the ranks of a host differently
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size
+        own = psutil.virtual_memory().available // int(local)
+    return min(world.gather(own))
+
+
+def choose_stage(
+    config: Config,
+    vocabulary_size: int,
+    positions: int,
+    ranks: int,
+    available_bytes: int,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+    device: str = "cuda",
+) -> tuple[int, str]:
+    """The cheapest ZeRO stage whose estimate fits in 90 % of what the smallest rank has, and a sentence that says why.
+
+    Raises UserError with the largest consumers and what to change where none fits.
+    """
+    first = 3 if offload_parameters else 1 if offload_optimizer or config.engine.dtype != "fp32" else 0
+    before = ""
+    for stage in range(first, 4):
+        setup = Setup(config, vocabulary_size, positions, ranks, stage, offload_optimizer, offload_parameters, device)
+        if setup.needed <= USABLE * available_bytes:
+            return stage, f"stage {stage}: {gib(setup.needed)} of {gib(available_bytes)} per rank{before}"
+        before = f"; stage {stage} would need {gib(setup.needed)}"
+    raise UserError(
+        f"no ZeRO stage fits in {USABLE:.0%} of {gib(available_bytes)} per rank: stage 3 needs {setup.describe()}; "
+        f"{setup.advice()}"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, its libraries or the host ran out of memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def out_of_memory(
+    error: BaseException,
+    config: Config,
+    vocabulary_size: int,
+    positions: int,
+    ranks: int,
+    stage: int | None,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+    device: str = "cuda",
+) -> str:
+    """The sentence for an error of `is_out_of_memory`: what needs most by the estimate, and what to change."""
+    setup = Setup(config, vocabulary_size, positions, ranks, stage, offload_optimizer, offload_parameters, device)
+    tried = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    asked = f" when it asked for {tried[1]} more" if tried else ""
+    return f"out of memory{asked}; a step of this run is estimated at {setup.describe()}; {setup.advice()}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The arguments of `estimate`, to be changed one at a time."""
+
+    config: Config
+    vocabulary_size: int
+    positions: int
+    ranks: int
+    stage: int | None
+    offload_optimizer: bool
+    offload_parameters: bool
+    device: str
+
+    @property
+    def memory(self) -> Memory:
+        """The estimate."""
+        return estimate(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a rank where it trains; on a CPU the host's are the same memory."""
+        memory = self.memory
+        return memory.device_total + (memory.host_total if self.device == "cpu" else 0)
+
+    def describe(self) -> str:
+        """The total per rank, and the three largest consumers."""
+        memory = self.memory
+        consumers = memory.on_device | ({"the checkpoint": memory.checkpoint_snapshot} if self.device == "cpu" else {})
+        largest = sorted(consumers.items(), key=lambda item: -item[1])[:3]
+        return f"{gib(self.needed)} per rank, " + ", ".join(f"{k.replace('_', ' ')} {gib(n)}" for k, n in largest if n)
+
+    def advice(self) -> str:
+        """The settings that would save more than 1 %, with the total each would come to, best first."""
+        totals = [(other.needed, setting) for setting, other in self.alternatives()]
+        helps = [f"{setting} ({gib(total)})" for total, setting in sorted(totals) if total < 0.99 * self.needed]
+        return f"what would need less: {', '.join(helps)}" if helps else "train on more ranks, or a smaller model"
+
+    def alternatives(self) -> Iterator[tuple[str, "Setup"]]:
+        """Single settings to change, each with what it makes of this."""
+        c, e = self.config, self.config.engine
+        share = c.stream.global_batch // self.ranks
+        rows = e.micro_batch or share
+        if rows > 1:
+            fewer = max(n for n in range(1, rows // 2 + 1) if share % n == 0)
+            yield f"engine.micro_batch={fewer}", self._with(engine=replace(e, micro_batch=fewer))
+        if not c.model.activation_checkpointing:
+            setting = "model.activation_checkpointing=true"
+            yield setting, self._with(model=replace(c.model, activation_checkpointing=True))
+        if self.stage is None:
+            yield "engine=deepspeed", replace(self, stage=1)
+        for stage in range((self.stage or 0) + 1, 4) if self.stage is not None else ():
+            yield f"engine.stage={stage}", replace(self, stage=stage)
+        if self.stage and not self.offload_optimizer:
+            yield "engine.offload_optimizer=true", replace(self, offload_optimizer=True)
+        if self.stage == 3 and not self.offload_parameters:
+            yield "engine.offload_parameters=true", replace(self, offload_parameters=True)
+        if c.model.loss_chunk > 128:
+            chunk = c.model.loss_chunk // 2
+            yield f"model.loss_chunk={chunk}", self._with(model=replace(c.model, loss_chunk=chunk))
+        length = c.stream.sequence_length // 2
+        yield f"stream.sequence_length={length}", self._with(stream=replace(c.stream, sequence_length=length))
+
+    def _with(self, **changes: Any) -> "Setup":
+        return replace(self, config=replace(self.config, **changes))
+
+
+def gib(count: int) -> str:
+    """Bytes for a sentence."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
