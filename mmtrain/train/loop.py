@@ -8,16 +8,17 @@ from typing import Any, cast
 
 import torch
 
-from mmtrain.config import Config, fingerprint
+from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.config.randomness import random_stream
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
 from mmtrain.models import document_starts
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import Checkpoint, fill, save_checkpoint
+from mmtrain.train.checkpoint import Checkpoint, fill
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import Engine
+from mmtrain.train.saving import Saver
 from mmtrain.train.schedule import learning_rate
 from mmtrain.train.window import Totals, Window
 
@@ -196,8 +197,11 @@ def save(run: Run, batches: Batches) -> None:
         "weights": run.weights,
         "run_id": run.run_id,
     }
-    folder, keep = run.folder / "checkpoints", run.config.train.keep_checkpoints
-    save_checkpoint(folder, run.engine.owned(), run.shapes, state, run.world, keep)
+    c = run.config.train
+    saver = Saver(run.folder / "checkpoints", run.world, c.keep_checkpoints, c.keep_every, asynchronous=False)
+    saver.save(run.engine.owned(), run.shapes, state)
+    if failure := saver.wait():
+        raise UserError(failure)
     if run.world.rank == 0:
         run.ledger.save(run.folder / "ledger.json")
 
