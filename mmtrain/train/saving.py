@@ -43,6 +43,7 @@ from mmtrain.train.fragments import Fragment
 
 VISIBLE_WITHIN_SECONDS = 10.0  # a network file system may show a new folder to other hosts a little later
 POLL_SECONDS = 0.05
+WORTH_SAYING_SECONDS = 0.2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -126,13 +127,12 @@ class Saver:
         return self.world.gather(self._failure)[0]
 
     def _finish_previous(self) -> None:
-        if self._thread and self._thread.is_alive() and self.world.rank == 0:
-            started = time.monotonic()
-            self._thread.join()
-            seconds = time.monotonic() - started
-            self._say(f"training waited {seconds:.1f} s for the checkpoint before this one: save less often")
+        started = time.monotonic()
         self.wait()
         self._failure = None
+        seconds = time.monotonic() - started
+        if seconds > WORTH_SAYING_SECONDS and self.world.rank == 0:
+            self._say(f"training waited {seconds:.1f} s for the checkpoint before this one: save less often")
 
     def _agree_on_folder(self, step: int, num_bytes: int) -> Path | None:
         """A new hidden folder that all ranks see; None on all of them, and why in the sentences, when there is none."""
