@@ -7,7 +7,7 @@ from pathlib import Path
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
 from mmtrain.track import closing_box
-from mmtrain.train.checkpoint import latest_checkpoint
+from mmtrain.train.checkpoint import newest
 from mmtrain.train.launch import check_batch, launch, num_ranks
 from mmtrain.train.run import check_run, open_run
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path(config.root) / config.name
     check_run(run_dir, config)
     open_run(run_dir, config, prepare(config), shlex.join(["mmtrain", "train", *argv]))
-    finished, _ = latest_checkpoint(run_dir / "checkpoints")
+    finished = newest(run_dir / "checkpoints")
     if finished is None or finished.step < config.train.steps:
         code = launch(run_dir, config)
         if code:
