@@ -83,7 +83,8 @@ def goodput(run_dir: Path) -> Goodput | None:
         interruptions.append(Interruption(cause, reached, max(0, reached - following["step"]), down))
         if cause not in DELIBERATE:
             wall += down
-    productive, sections, before = 0.0, {}, 0
+    productive, before = 0.0, 0
+    sections: dict[str, float] = {}
     for row in rows:
         productive += (row.get("step_seconds") or 0.0) * (row["step"] - before)
         before = row["step"]

@@ -34,7 +34,7 @@ from mmtrain.train.engine import build_engine
 from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.launch import check_batch
 from mmtrain.train.loop import Run, restore, train
-from mmtrain.train.memory import choose_stage, is_out_of_memory, out_of_memory
+from mmtrain.train.memory import available_bytes, choose_stage, is_out_of_memory, out_of_memory
 from mmtrain.train.run import Artifacts
 from mmtrain.train.saving import Saver
 from mmtrain.train.sections import Sections
@@ -72,7 +72,7 @@ def main() -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
             raise
-        code = complain(world, out_of_memory(error, config, world.size))
+        code = complain(world, explain_memory(error, folder, config, world))
     finally:
         watchdog.pause()
         record_end(folder, world, run, code)
@@ -91,6 +91,16 @@ def complain(world: World, sentence: str) -> int:
         time.sleep(OTHERS_WAIT_SECONDS)
     print(f"mmtrain: {sentence}", file=sys.stderr, flush=True)
     return 2
+
+
+def explain_memory(error: BaseException, folder: Path, config: Config, world: World) -> str:
+    """What needs the memory that was not there, and what to change."""
+    e, artifacts = config.engine, Artifacts.load(folder)
+    vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
+    stage = None if e.kind == "ddp" else e.stage
+    offload = e.offload_optimizer, e.offload_parameters
+    positions = num_positions(config)
+    return out_of_memory(error, config, vocabulary.size, positions, world.size, stage, *offload, world.device.type)
 
 
 def record_end(folder: Path, world: World, run: Run | None, code: int) -> None:
@@ -132,7 +142,10 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) ->
 
     positions = num_positions(config)
     if config.engine.stage == "auto":
-        config.engine.stage, why = choose_stage(config, vocabulary.size, positions, world)
+        e, room = config.engine, available_bytes(world)
+        offload = e.offload_optimizer, e.offload_parameters
+        sizes = vocabulary.size, positions, world.size
+        e.stage, why = choose_stage(config, *sizes, room, *offload, world.device.type)
         if world.rank == 0:
             print(f"engine.stage=auto: {why}")
     model = build_model(config.model, vocabulary.size, positions)

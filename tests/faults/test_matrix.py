@@ -245,7 +245,7 @@ def test_slow_rank(template: Path, table: Table) -> None:
 
 
 def test_hang(template: Path, straight: Straight, table: Table) -> None:
-    run = copy_run(template, "hang", health__step_seconds=3.0)
+    run = copy_run(template, "hang", health__step_seconds=3.0, health__data_seconds=3.0)
     with started(run, hook=breaking.at(13, 1, breaking.sleep(1000))) as group:
         begun = time.monotonic()
         codes = group.wait(40)
