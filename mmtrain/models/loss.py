@@ -61,7 +61,6 @@ class Head(nn.Module):
         if targets_BS is None or weight_BS is None or modality_BS is None:
             return F.linear(x_BSD, self.weight)
         weight_N, modality_N = weight_BS.flatten(), modality_BS.flatten()
-        watched = self.watched if torch.is_grad_enabled() else None
         total, of_tokens = linear_cross_entropy(
             x_BSD.flatten(0, 1),
             self.weight,
@@ -69,13 +68,13 @@ class Head(nn.Module):
             weight_N,
             self.chunk,
             self.z_loss,
-            wants_norms=watched is not None,
+            wants_norms=self.watched is not None,
         )
         # Not index_add_, whose sum on CUDA differs from run to run.
         counted_3N = (modality_N == torch.arange(NUM_MODALITIES, device=x_BSD.device)[:, None]) & (weight_N > 0)
         by_modality = torch.stack([(of_tokens.loss_N * counted_3N).sum(1), counted_3N.sum(1)], dim=1)
-        if watched is not None and of_tokens.gradient_norm_N is not None:
-            watched.add_loss(of_tokens.log_z_N, of_tokens.gradient_norm_N, counted_3N)
+        if self.watched is not None and of_tokens.gradient_norm_N is not None:
+            self.watched.add_loss(of_tokens.log_z_N, of_tokens.gradient_norm_N, counted_3N)
         return LossSums(total, by_modality)
 
 
