@@ -60,8 +60,13 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if not self._plain():
             self.engine.step()
-            # After a skipped update stage 3 still tells the norm of the step before.
-            return math.nan if self.optimizer.overflow else self.engine.get_global_grad_norm()
+            if not self.optimizer.overflow:
+                return self.engine.get_global_grad_norm()
+            # Here stage 3 still tells the norm of the step before, and stages 1 and 2 with offload in bf16 keep the
+            # gradients, so that no later update would ever be finite (0.19.8).
+            for group in getattr(self.optimizer, "averaged_gradients", {}):
+                self.optimizer.averaged_gradients[group] = None
+            return math.nan
         # Stage 0 knows no overflow check.
         norm = clip_gradients(self.parameters, self.clip)
         skip_unless_finite(self.optimizer, norm)

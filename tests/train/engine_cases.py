@@ -184,33 +184,26 @@ def one_step(engine: Engine, world: World, step: int, accumulation: int, factor:
 
 
 def poisoned(name: str, world: World) -> dict[str, bool]:
-    """What a step with a bad gradient leaves behind: parameters, moments, and what was to be summed up."""
+    """Whether bad gradients leave parameters, moments, and what was to be summed up, as they were."""
     facts = {}
-    clean = {}
+    bad = {"on all ranks": math.nan, "on one rank": math.nan if world.rank else 1.0, "infinite": math.inf}
     for accumulation in (1, 4):
-        engine = new_engine(name, world, accumulation)
-        for step in (0, 2):
-            one_step(engine, world, step, accumulation, 1.0)
-        clean[accumulation] = whole_state(engine, world)
-    for where, factor, accumulation in (
-        ("on all ranks", math.nan, 1),
-        ("on all ranks, last of 4", math.nan, 4),
-        ("on one rank, last of 4", math.nan if world.rank else 1.0, 4),
-        ("infinite", math.inf, 1),
-    ):
-        engine = new_engine(name, world, accumulation)
+        engine, clean = new_engine(name, world, accumulation), new_engine(name, world, accumulation)
         one_step(engine, world, 0, accumulation, 1.0)
         before = whole_state(engine, world)
-        norm = one_step(engine, world, 1, accumulation, factor)
-        unchanged = equal(before, whole_state(engine, world)) and engine.updates() == 1
+        for where, factor in bad.items():
+            norm = one_step(engine, world, 1, accumulation, factor)
+            unchanged = equal(before, whole_state(engine, world)) and engine.updates() == 1
+            facts[f"{where}, {accumulation} micro-batches"] = unchanged and not math.isfinite(norm)
         one_step(engine, world, 2, accumulation, 1.0)
-        forgotten = equal(clean[accumulation], whole_state(engine, world))
-        facts[where] = unchanged and forgotten and not math.isfinite(norm)
-    engine = new_engine(name, world)
-    one_step(engine, world, 0, 1, 1.0)
-    norm = one_step(engine, world, 1, 1, 1e10)
-    after = whole_state(engine, world)
-    facts["huge is clipped"] = all(t.isfinite().all() for t in after.values()) and 1e6 < norm < math.inf
+        for step in (0, 2):
+            one_step(clean, world, step, accumulation, 1.0)
+        facts[f"forgotten, {accumulation} micro-batches"] = equal(whole_state(clean, world), whole_state(engine, world))
+        norm = one_step(engine, world, 3, accumulation, 1e10)
+        after = whole_state(engine, world)
+        facts[f"huge is clipped, {accumulation} micro-batches"] = (
+            all(t.isfinite().all() for t in after.values()) and 1e6 < norm < math.inf and engine.updates() == 3
+        )
     return facts
 
 
