@@ -25,7 +25,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         found = LINE.fullmatch(line)
         if not found or not HOST.fullmatch(found["host"]) or not int(found["slots"]):
-            raise UserError(f"{path}, line {number}: {line[:80]!r} is not `HOST slots=NUMBER`, such as `node-1 slots=8`")
+            raise UserError(f"{path}, line {number}: {line[:80]!r} is not `HOST slots=NUMBER`, as in `node-1 slots=8`")
         if found["host"] in hosts:
             raise UserError(f"{path}, line {number}: {found['host']} is there twice; give all its slots in one line")
         hosts[found["host"]] = int(found["slots"])

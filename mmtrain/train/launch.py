@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,11 +14,13 @@ from pathlib import Path
 import psutil
 
 from mmtrain.config import Config, UserError
-from mmtrain.train.forward import launcher_environment, write_environment
+from mmtrain.train.forward import SCRIPT, launcher_environment, write_environment
 from mmtrain.train.hosts import divides, read_hostfile, write_hostfile
+from mmtrain.train.status import read_status
 from mmtrain.train.stop import StopRequest, stop_when_orphaned
 
 GRACE_SECONDS = 5.0
+POLL_SECONDS = 1.0
 ALONE_SECONDS = 60.0  # how long some hosts may go on when the part of another one has ended
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 WORKER = "mmtrain.train.worker"
@@ -40,11 +41,11 @@ def launch(run_dir: Path, config: Config, hosts: dict[str, int], stop: StopReque
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     guard = stop_when_orphaned(run_dir)
     try:
-        code = _wait(process, len(hosts))
+        code = _wait(process, len(hosts), run_dir, stop)
         if code < 0:
             time.sleep(1.0)  # what ended the launcher may be on its way to us, too
         while stop.asked and _family(run_dir):
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
         return code
     finally:
         # Not SIGTERM: the launcher would go and end all runs of this user on all hosts.
@@ -52,25 +53,25 @@ def launch(run_dir: Path, config: Config, hosts: dict[str, int], stop: StopReque
         process.wait()
         end_descendants()
         guard.wait()
+        (run_dir / SCRIPT).unlink(missing_ok=True)
 
 
-def _wait(process: "subprocess.Popen[bytes]", hosts: int) -> int:
-    """The launcher's exit code. pdsh waits for all hosts, also for those that wait for one that has failed."""
-    seen, alone_since = False, None
+def _wait(process: "subprocess.Popen[bytes]", hosts: int, run_dir: Path, stop: StopRequest) -> int:
+    """The launcher's exit code; 1 when it goes on waiting for hosts whose workers wait for those of a lost one."""
+    all_connected_at = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(timeout=1.0 if hosts > 1 else None)
-        sessions = _ssh_sessions(process.pid)
-        seen |= sessions == hosts
-        if not seen or sessions == hosts:
-            alone_since = None
-        elif alone_since is None:
-            alone_since = time.monotonic()
-        elif time.monotonic() - alone_since > ALONE_SECONDS:
-            print(f"mmtrain: the workers of {hosts - sessions} of {hosts} hosts have ended, the others go on without "
-                  "them: ending these", file=sys.stderr)  # fmt: skip
-            process.kill()
-            process.wait()
+            return process.wait(timeout=POLL_SECONDS)
+        stop.insist()
+        missing = hosts - _ssh_sessions(process.pid) if hosts else 0
+        if not missing:
+            all_connected_at = time.monotonic()
+        elif all_connected_at and time.monotonic() - all_connected_at > ALONE_SECONDS:
+            status = read_status(run_dir)
+            if status and status.state in ("finished", "stopped"):  # rank 0 may still be uploading
+                continue
+            print(f"mmtrain: the workers on {missing} of {hosts} hosts have ended, the others did not notice: ending "
+                  "these", file=sys.stderr)  # fmt: skip
             return 1
 
 
@@ -111,9 +112,9 @@ def launch_command(run_dir: Path, config: Config, hosts: dict[str, int]) -> tupl
     import torch  # noqa: PLC0415
 
     run_dir = run_dir.resolve()
-    ranks = num_ranks(config)
+    per_host = max(hosts.values()) if hosts else num_ranks(config)
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks if not hosts else max(hosts.values())))))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_host)))
     # The worker must find this package also when it was started from a source checkout.
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
@@ -130,9 +131,23 @@ def launch_command(run_dir: Path, config: Config, hosts: dict[str, int]) -> tupl
         command += ["--hostfile", str(run_dir / "hostfile"), "--force_multi", "--venv_script", str(script)]
         command += ["--master_port", str(config.engine.master_port or 29500)]
     else:
-        command += ["--num_gpus", str(ranks), "--hostfile", "/dev/null"]
+        chosen = environment.pop("CUDA_VISIBLE_DEVICES", "") if torch.cuda.is_available() else ""
+        command += ["--hostfile", "/dev/null", *_processes(per_host, chosen)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(config.engine.master_port or free_port())]
     return [*command, "--module", WORKER, "--run-dir", str(run_dir)], environment
+
+
+def _processes(ranks: int, chosen: str) -> list[str]:
+    """Which devices the launcher gives to processes: it takes the first ones, whatever CUDA_VISIBLE_DEVICES says."""
+    if not chosen:
+        return ["--num_gpus", str(ranks)]
+    devices = [device.strip() for device in chosen.split(",")]
+    if not all(device.isdecimal() for device in devices) or ranks > len(devices):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={chosen} does not name {ranks} devices by their numbers, as in 0,1; set it so, or "
+            "engine.ranks="
+        )
+    return ["--include", f"localhost:{','.join(devices[:ranks])}"]
 
 
 def check_paths(*paths: Path | str) -> None:
@@ -152,7 +167,7 @@ def hosts_of(config: Config) -> dict[str, int]:
     hosts = read_hostfile(Path(config.engine.hostfile))
     for tool, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(tool) is None:
-            raise UserError(f"engine.hostfile needs {tool} on this machine: install it (Debian: apt-get install {package})")
+            raise UserError(f"engine.hostfile needs {tool}: install it on this machine (apt-get install {package})")
     return hosts
 
 

@@ -36,6 +36,12 @@ class StopRequest:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
+        self.file.unlink(missing_ok=True)
+
+    def insist(self) -> None:
+        """Ask again: a worker that has just started takes the file for one of an earlier run, and removes it."""
+        if self.asked:
+            self.file.touch()
 
     def sleep(self, seconds: float) -> None:
         """Wait, but no longer than until somebody asks to stop."""

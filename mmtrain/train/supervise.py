@@ -37,8 +37,8 @@ def supervise(run_dir: Path, config: Config) -> str:
     silent = listed.keys() - set(answering(listed))
     if silent:
         raise UserError(
-            f"{', '.join(sorted(silent))} of {config.engine.hostfile} does not answer `ssh -o BatchMode=yes HOST true`: "
-            "mend that, or take the line out"
+            f"{', '.join(sorted(silent))} of {config.engine.hostfile} does not answer `ssh -o BatchMode=yes HOST "
+            "true`; mend that, or take the line out"
         )
     hosts, cause, restarts, fruitless = listed, CRASHED, 0, 0
     with StopRequest(run_dir) as stop:
