@@ -1,8 +1,8 @@
 """The hosts of a run over ssh: the hostfile, who answers, how many ranks fit, and what is left over on them."""
 
 import re
-import shlex
 import subprocess
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +11,7 @@ from mmtrain.config import Config, UserError
 
 LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)")
 HOST = re.compile(r"\w[\w.@-]*")  # a name that neither ssh nor pdsh takes for an option or for several hosts
+PARENT = ("MMTRAIN_PARENT", uuid.uuid4().hex)  # the variable that marks the workers of this very process
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 15
 
 
@@ -56,33 +57,23 @@ def fit(hosts: dict[str, int], config: Config) -> dict[str, int]:
     return chosen
 
 
-def answering(hosts: Iterable[str]) -> list[str]:
-    """The hosts that run a command over ssh without asking anything, in the order given."""
-    return [host for host, answers in _on_all(hosts, "true").items() if answers]
+def end_workers(hosts: Iterable[str]) -> list[str]:
+    """Kill what this process has started on the hosts, since ssh leaves it behind; returns the hosts that answer.
 
-
-def end_workers(hosts: Iterable[str], run_dir: Path) -> None:
-    """Kill what is left of a run on the hosts that answer: ssh leaves behind what it started.
-
-    Only processes of this run directory; DeepSpeed's own way would end every run of this user on the hosts.
+    What is killed has PARENT in its environment: neither another run, which DeepSpeed's own way would end as well, nor
+    this run when somebody else trains it. A host answers when it runs a command over ssh without asking anything.
     """
-    folder = re.sub(r"[.+]", r"[\g<0>]", str(run_dir.resolve()))
-    # Brackets, so that the pattern does not match the remote shell that has it on its command line.
-    _on_all(hosts, shlex.join(["pkill", "-KILL", "-f", f"[-]-run-dir {folder}( |$)"]))
+    found = f"grep -lsz '^{PARENT[0]}={PARENT[1]}$' /proc/[0-9]*/environ | cut -d / -f 3"
+    command = f"for process in $({found}); do kill -KILL $process; done; true"
 
-
-def _on_all(hosts: Iterable[str], command: str) -> dict[str, bool]:
-    """Run a shell command on all hosts at once; whether ssh reached the host (pkill is 1 when nothing matches)."""
-
-    def run(host: str) -> bool:
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-        ssh = ["ssh", *options, host, command]
+    def answers(host: str) -> bool:
+        ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", host, command]
         try:
             done = subprocess.run(ssh, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             return False
         return done.returncode == 0
 
-    names = list(hosts)
-    with ThreadPoolExecutor(max_workers=min(64, len(names) or 1)) as pool:
-        return dict(zip(names, pool.map(run, names), strict=True))
+    hosts = list(hosts)
+    with ThreadPoolExecutor(max_workers=min(64, len(hosts) or 1)) as pool:
+        return [host for host, answer in zip(hosts, pool.map(answers, hosts), strict=True) if answer]

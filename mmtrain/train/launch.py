@@ -15,7 +15,7 @@ import psutil
 
 from mmtrain.config import Config, UserError
 from mmtrain.train.forward import SCRIPT, launcher_environment, write_environment
-from mmtrain.train.hosts import divides, read_hostfile, write_hostfile
+from mmtrain.train.hosts import PARENT, divides, read_hostfile, write_hostfile
 from mmtrain.train.status import read_status
 from mmtrain.train.stop import StopRequest, stop_when_orphaned
 
@@ -79,7 +79,7 @@ def _ssh_sessions(launcher: int) -> int:
     """How many hosts pdsh is still connected to."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher).children():
-            if child.name() == "pdsh":
+            if child.name().startswith("pdsh"):  # pdsh.bin on Debian
                 return sum(session.status() != psutil.STATUS_ZOMBIE for session in child.children())
     return 0
 
@@ -113,7 +113,7 @@ def launch_command(run_dir: Path, config: Config, hosts: dict[str, int]) -> tupl
 
     run_dir = run_dir.resolve()
     per_host = max(hosts.values()) if hosts else num_ranks(config)
-    environment = dict(os.environ)
+    environment = dict(os.environ) | dict([PARENT])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_host)))
     # The worker must find this package also when it was started from a source checkout.
     root = str(Path(__file__).resolve().parents[2])

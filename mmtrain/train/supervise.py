@@ -13,7 +13,7 @@ from typing import Any
 
 from mmtrain.config import Config, UserError
 from mmtrain.train.checkpoint import MANIFEST, NAME
-from mmtrain.train.hosts import answering, end_workers, fit
+from mmtrain.train.hosts import end_workers, fit
 from mmtrain.train.launch import check_batch, hosts_of, launch, num_ranks
 from mmtrain.train.status import Status, read_status
 from mmtrain.train.stop import StopRequest
@@ -22,7 +22,6 @@ ATTEMPTS = "attempts.jsonl"
 BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 5.0, 120.0
 FINISHED, STOPPED, USER, HUNG, CRASHED, HOST_LOST = "finished", "stopped", "user", "hung", "crashed", "host lost"
 CODES = {2: USER, 3: HUNG}  # exit codes of a worker that say why
-SSH_FAILED = 255
 
 
 def supervise(run_dir: Path, config: Config) -> str:
@@ -34,7 +33,7 @@ def supervise(run_dir: Path, config: Config) -> str:
     """
     listed = hosts_of(config)
     check_batch(config, num_ranks(config))
-    silent = listed.keys() - set(answering(listed))
+    silent = listed.keys() - set(end_workers(listed))
     if silent:
         raise UserError(
             f"{', '.join(sorted(silent))} of {config.engine.hostfile} does not answer `ssh -o BatchMode=yes HOST "
@@ -42,28 +41,22 @@ def supervise(run_dir: Path, config: Config) -> str:
         )
     hosts, cause, restarts, fruitless = listed, CRASHED, 0, 0
     with StopRequest(run_dir) as stop:
-        try:
-            while True:
-                before = newest_step(run_dir)
-                cause = attempt(run_dir, config, hosts, stop) if hosts or not listed else HOST_LOST
-                fruitless = 0 if newest_step(run_dir) > before else fruitless + 1
-                if cause in (FINISHED, STOPPED, USER) or stop.asked or restarts == config.engine.restarts:
-                    return cause
-                if fruitless >= config.engine.give_up_after:
-                    _say(f"{cause}; {fruitless} starts in a row ended without a new checkpoint: giving up")
-                    return cause
-                stop.sleep(min(BACK_OFF_SECONDS * 2**fruitless, LONGEST_BACK_OFF_SECONDS))
-                if stop.asked:
-                    return cause
-                if listed:
-                    answer = answering(listed)
-                    end_workers(answer, run_dir)
-                    hosts = fit({host: listed[host] for host in answer}, config)
-                restarts += 1
-                _say(f"{cause}; restart {restarts} of {config.engine.restarts} {_where(hosts, listed, config)}")
-        finally:
-            if cause not in (FINISHED, STOPPED):
-                end_workers(listed, run_dir)
+        while True:
+            before = newest_step(run_dir)
+            cause = attempt(run_dir, config, hosts, stop) if hosts or not listed else HOST_LOST
+            fruitless = 0 if newest_step(run_dir) > before else fruitless + 1
+            if cause in (FINISHED, STOPPED, USER) or stop.asked or restarts == config.engine.restarts:
+                return cause
+            if fruitless >= config.engine.give_up_after:
+                _say(f"{cause}; {fruitless} starts in a row ended without a new checkpoint: giving up")
+                return cause
+            stop.sleep(min(BACK_OFF_SECONDS * 2**fruitless, LONGEST_BACK_OFF_SECONDS))
+            if stop.asked:
+                return cause
+            if listed:
+                hosts = fit({host: listed[host] for host in end_workers(listed)}, config)
+            restarts += 1
+            _say(f"{cause}; restart {restarts} of {config.engine.restarts} {_where(hosts, listed, config)}")
 
 
 def attempt(run_dir: Path, config: Config, hosts: dict[str, int], stop: StopRequest) -> str:
@@ -76,18 +69,20 @@ def attempt(run_dir: Path, config: Config, hosts: dict[str, int], stop: StopRequ
         code = launch(run_dir, config, hosts, stop)
         ended = time.time()
         status = read_status(run_dir)
+        lost = bool(code) and len(end_workers(hosts)) < len(hosts)
         # Compared by content: the clock of the host that wrote it may be another one.
-        cause = cause_of(code, status if status != before else None, hosts)
+        cause = cause_of(code, status if status != before else None, lost)
     except SystemExit as error:  # a second signal
         cause = _killed(int(error.code or 0))
+        end_workers(hosts)
         raise
     finally:
         record(run_dir, "end", hosts, ranks, code, cause, ended)
     return cause
 
 
-def cause_of(code: int, status: Status | None, hosts: dict[str, int]) -> str:
-    """Why an attempt ended: the launcher's exit code, what rank 0 said in it, if anything, and hosts that are gone.
+def cause_of(code: int, status: Status | None, lost: bool = False) -> str:
+    """Why an attempt ended: the launcher's exit code, what rank 0 said in it, if anything, and whether a host is gone.
 
     A code of 0 proves nothing: DeepSpeed's launcher also returns it when its own child was killed.
     """
@@ -95,9 +90,7 @@ def cause_of(code: int, status: Status | None, hosts: dict[str, int]) -> str:
         return status.state
     if code in CODES:
         return CODES[code]
-    if hosts and (code == SSH_FAILED or len(answering(hosts)) < len(hosts)):
-        return HOST_LOST
-    return _killed(code)
+    return HOST_LOST if lost else _killed(code)
 
 
 def _killed(code: int) -> str:
