@@ -23,21 +23,23 @@ for ((local_rank = 0; local_rank < ranks; local_rank++)); do
     workers[$!]=$local_rank
 done
 
-failed=0
 while [ ${#workers[@]} -gt 0 ]; do
     code=0
     wait -n -p ended "${!workers[@]}" || code=$?
     [ -n "${ended:-}" ] || continue # only a signal, which the trap has handed on
     unset "workers[$ended]"
-    if [ $code != 0 ] && [ $failed = 0 ]; then
-        failed=$code
+    if [ $code != 0 ]; then
         # The others wait for it in vain; one that is writing a checkpoint gets the time to end that.
         kill -TERM "${!workers[@]}" 2>/dev/null || true
-        (sleep 30 && kill -KILL "${!workers[@]}" 2>/dev/null) &
+        for _ in {1..30}; do
+            kill -0 "${!workers[@]}" 2>/dev/null || break
+            sleep 1
+        done
+        kill -KILL "${!workers[@]}" 2>/dev/null || true
+        exit $code
     fi
 done
 
-[ $failed = 0 ] || exit $failed
 while [ "$#" -gt 0 ] && [ "$1" != --run-dir ]; do shift; done
 if [ -n "${MMTRAIN_STOPPED_CODE:-}" ] && grep -q '"state": "stopped"' "$2/status.json"; then
     exit "$MMTRAIN_STOPPED_CODE"
