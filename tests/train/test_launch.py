@@ -61,7 +61,7 @@ def test_the_chosen_gpus_are_used_and_not_the_first_ones(tmp_path: Path, monkeyp
         launch_command(tmp_path, config, {})
 
 
-def test_hosts_are_reached_over_ssh_even_when_there_is_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_is_reached_over_ssh_also_when_it_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     command, environment = launch_command(tmp_path, Config(), {"node-2": 8})
@@ -87,7 +87,8 @@ def test_a_forwarded_value_reaches_the_other_shell_unchanged(value: str, tmp_pat
 
 
 def test_what_is_forwarded_and_what_stays_here() -> None:
-    forwarded = ["NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "WANDB_API_KEY", "HF_TOKEN", "OMP_NUM_THREADS", "PYTHONPATH", "DS_ACCELERATOR"]
+    forwarded = ["NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "WANDB_API_KEY", "HF_TOKEN", "OMP_NUM_THREADS", "PYTHONPATH"]
+    forwarded += ["DS_ACCELERATOR", "TORCH_NCCL_DUMP_ON_TIMEOUT", "https_proxy", "LD_LIBRARY_PATH"]
     here = ["HOME", "PATH", "SSH_AUTH_SOCK", "CUDA_VISIBLE_DEVICES", "FILE", "BASH_FUNC_x%%"]
     script = environment_script(dict.fromkeys([*forwarded, *here], "x"))
     assert sorted(line.split("=")[0] for line in script.splitlines()) == sorted(f"export {name}" for name in forwarded)
@@ -238,7 +239,8 @@ def test_the_slurm_job_queues_itself_again_when_that_helps(
     program(programs, "mmtrain", f'echo "$*" >{tmp_path}/prepared; echo building; echo {run}')
     program(programs, "scontrol", f'echo "$*" >>{tmp_path}/scontrol; [ "$1" = requeue ] || printf "node-1\\nnode-2\\n"')
     step = f"mkdir {run}/checkpoints/step-00000003; " if saved else ""
-    program(programs, "srun", f'{step}echo \'{{"state": "{state}"}}\' >{run}/status.json; echo "$MASTER_ADDR"; exit {srun}')
+    say = f'echo \'{{"state": "{state}"}}\' >{run}/status.json; echo "$MASTER_ADDR"'
+    program(programs, "srun", f"{step}{say}; exit {srun}")
     done = subprocess.run(
         ["bash", str(SCRIPTS / "slurm.sbatch"), "name=mine"],
         env={"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(submitted), **SLURM},
