@@ -100,11 +100,17 @@ Example
 """,
     "train": """\
 mmtrain train [settings]
+mmtrain train prepare [settings]
 
 Prepares what is missing (corpus, tokenizers, shards, neighbours) and trains on DeepSpeed: on every GPU of
 this machine, or on 2 CPU processes where there is none. The run directory is root/name, runs/NAME by
-default: config.yaml, metrics.jsonl, checkpoints/, samples/, ledger.json. Ctrl-C or a crash loses
-at most train.checkpoint_every steps: the same command goes on from the newest checkpoint.
+default: config.yaml, metrics.jsonl, checkpoints/, samples/, ledger.json. Ctrl-C, SIGTERM, SIGUSR1 or a file RUN/stop
+finish the step, save, and end with exit code 0; a second Ctrl-C ends at once. A crash loses at most
+train.checkpoint_every steps. The same command goes on from the newest checkpoint; engine.restarts=N does so by
+itself, on the hosts that still answer. Exit code 1: training failed; 2: a mistake that you can mend.
+
+prepare   stops before training; its last line is the run directory, for torchrun, Slurm or Kubernetes to train:
+          torchrun --nproc_per_node 2 -m mmtrain.train.worker --run-dir runs/quickstart
 
 Example: minutes on a laptop, on real captioned pictures
   mmtrain train experiment=quickstart
@@ -112,9 +118,9 @@ Example: minutes on a laptop, on real captioned pictures
 Example: a model and a name of your own
   mmtrain train name=wide corpus=shapes model=small model.width=384 optim.lr=5e-4 train.steps=3000
 
-Example: four processes with ZeRO 3; two hosts
+Example: four processes with ZeRO 3; the hosts of a file, going on without those that are lost
   mmtrain train experiment=quickstart engine=zero3 engine.ranks=4
-  mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=launch/hostfile.example
+  mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=hosts.txt engine.restarts=20
 """,
     "generate": """\
 mmtrain generate [PROMPT ...] [settings]
