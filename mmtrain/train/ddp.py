@@ -99,6 +99,3 @@ class DdpEngine:
     def _local_unless_last(self) -> contextlib.AbstractContextManager[Any]:
         last = self.micro_step == self.accumulation - 1
         return contextlib.nullcontext() if last or self.world.size == 1 else self.model.no_sync()
-
-    def effective(self) -> dict[str, Any]:
-        return {}

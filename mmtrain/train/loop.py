@@ -27,6 +27,8 @@ from mmtrain.train.stopping import Stopping
 from mmtrain.train.watchdog import Watchdog
 from mmtrain.train.window import Totals, Window
 
+SLOW_WINDOWS = 3  # log rows in a row for which a rank must be slow: one is chance
+
 
 @dataclass
 class Run:
@@ -56,6 +58,8 @@ class Run:
     tokens: int = 0
     weights: str = ""
     """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
+    slow_windows: dict[tuple[int, str], int] = field(default_factory=dict)
+    """For how many log rows in a row a rank has been slow in a section."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers that do not change; they are in the first row that is logged."""
 
@@ -213,8 +217,11 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
 def watched(run: Run) -> dict[str, Any]:
     """Numbers of `health` for the log, and a sentence for every rank that is slow; all ranks must call."""
     by_rank = run.world.gather(run.sections.take())
-    for slow in stragglers(by_rank, run.config.health.straggler_factor):
-        run.say(str(slow))
+    slow = {(s.rank, s.section): s for s in stragglers(by_rank, run.config.health.straggler_factor)}
+    run.slow_windows = {place: run.slow_windows.get(place, 0) + 1 for place in slow}
+    for place, windows in run.slow_windows.items():
+        if windows == SLOW_WINDOWS:
+            run.say(str(slow[place]))
     mean = {name: sum(row.get(name, 0.0) for row in by_rank) / len(by_rank) for name in by_rank[0]}
     row = {f"seconds/{name}": seconds for name, seconds in mean.items()} | run.health.row()
     signs = run.model.take_signs()

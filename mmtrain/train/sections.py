@@ -11,7 +11,7 @@ import torch
 
 ON_DEVICE = frozenset({"forward", "backward", "step"})
 ALONE = ("data", "forward")  # without a collective, except that ZeRO stage 3 gathers parameters in the forward pass
-SHARE_OF_NOISE = 0.01
+SHARE_OF_NOISE = 0.05
 MOST_PENDING = 1024
 
 
@@ -107,7 +107,7 @@ def stragglers(
     by_rank: `Sections.take` of every rank over the same steps. sections: those in which a rank waits for no other, as
     the wait of the others would be blamed on them: ("data",) at ZeRO stage 3.
     The median of an even number of ranks is the lower one, so that one of two ranks can be a straggler. An excess of
-    at most 1 % of the window's time is noise.
+    at most 5 % of the window's time is noise.
     """
     window = max((sum(seconds.values()) for seconds in by_rank), default=0.0)
     found = []

@@ -163,6 +163,3 @@ class DeepSpeedEngine:
             self.optimizer._partition_all_parameters()
             for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-
-    def effective(self) -> dict[str, Any]:
-        return {}

@@ -271,11 +271,10 @@ def test_disk_full(template: Path, straight: Straight, table: Table) -> None:
     try:
         with started(run) as group:
             group.wait_for_step(9)
-            with open(run / "checkpoints" / "ballast", "wb") as ballast:
+            with open(run / "checkpoints" / "ballast", "wb", buffering=0) as ballast:
                 try:
                     while True:
                         ballast.write(bytes(4096))
-                        ballast.flush()
                 except OSError:
                     pass
             group.wait_for_step(17)
