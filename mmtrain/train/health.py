@@ -255,8 +255,8 @@ class Health:
         level = " A higher loss that stays, as with other data, needs health.spike=log." if SPIKE in t.causes else ""
         return (
             f"{t.in_a_row} updates in a row were skipped (health.max_skipped), steps {t.first_in_a_row} to {t.step}: "
-            f"{causes}; the weights are still those of step {t.first_in_a_row - 1}. Either training has diverged: go "
-            "on from an earlier checkpoint with a lower optim.lr, a longer optim.warmup_steps, a smaller optim.clip "
+            f"{causes}; the weights are still those of step {t.first_in_a_row - 1}. Either training has diverged: "
+            "train again under another name= with a lower optim.lr, a longer optim.warmup_steps, a smaller optim.clip "
             f"or model.z_loss=1e-5; or the data of these steps are at fault.{level}"
         )
 
@@ -264,8 +264,8 @@ class Health:
         windows = ", ".join(f"{first}-{last}" for first, last in self.skips.windows)
         return (
             f"the loss spiked at step {spike} again, after {self.skips.rollbacks} roll-backs (health.max_rollbacks) "
-            f"that left out the batches {windows}: the data are hardly the cause; go on from an earlier checkpoint "
-            "with a lower optim.lr or a smaller optim.clip, or choose health.spike=skip"
+            f"that left out the batches {windows}: the data are hardly the cause; go on with health.spike=skip, or "
+            "train again under another name= with a lower optim.lr or a smaller optim.clip"
         )
 
 

@@ -172,7 +172,7 @@ def test_health_goes_on_as_it_was() -> None:
     before.skips = straight.skips = Skips().back(3, 5)
     expected = observe(straight, rows)
     found = observe(before, rows[:3])
-    after.load(json.loads(json.dumps(before.state())))
+    after.load(json.loads(json.dumps(before.state(), allow_nan=False)))
     assert [*found, *observe(after, rows[3:], first=4)] == expected
     assert after.state() == straight.state() and after.row() == straight.row()
 
