@@ -85,7 +85,7 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a folder; raises UserError unless it is whole and every file has the size that it says."""
+    """The manifest of a folder; raises UserError unless it is whole. The files that it names are not looked at."""
     try:
         manifest = _read_json(path / MANIFEST)
         if manifest["format_version"] != FORMAT_VERSION:
@@ -98,16 +98,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         _check_manifest(manifest)
     except DAMAGED as error:
         raise UserError(f"checkpoint {path} is incomplete or damaged ({_reason(error)}); delete the folder") from error
-    for name, entry in manifest["files"].items():
-        if fault := file_fault(path, name, entry, hashed=False):
-            raise UserError(f"checkpoint {path} is damaged: {fault}; delete the folder")
     return manifest
 
 
 def _read_json(path: Path) -> Any:
     if path.stat().st_size > MOST_JSON_BYTES:
         raise ValueError(f"{path.name} is too large")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -155,6 +155,9 @@ def file_fault(path: Path, name: str, entry: dict[str, Any], hashed: bool = True
 def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint whose files have the right sizes, not hashed; raises UserError."""
     manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        if fault := file_fault(path, name, entry, hashed=False):
+            raise UserError(f"checkpoint {path} is damaged: {fault}; delete the folder")
     try:
         state = _read_json(path / STATE)
         if state["step"] != manifest["step"]:
@@ -224,12 +227,12 @@ def removable(folder: Path, keep: int, last: int | None = None) -> list[Path]:
     """What is beyond the newest `keep` checkpoints, those kept for good not counted; newest first.
 
     last: step up to which they count: a newer one is one that this run could not read, and must not push out those
-    that it writes. A folder without a sound manifest is left alone: its tensors may be all that somebody has.
+    that it writes. A folder that is not complete is left alone: its tensors may be all that somebody has.
     """
     ephemeral = []
     for path in candidates(folder):
         with contextlib.suppress(UserError):
-            if (last is None or step_of(path) <= last) and not read_manifest(path)["permanent"]:
+            if (last is None or step_of(path) <= last) and not open_checkpoint(path).manifest["permanent"]:
                 ephemeral.append(path)
     return ephemeral[keep:]
 

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, dama
     damage(save(tmp_path, 10) / name)
     found, (complaint,) = latest_checkpoint(tmp_path)
     assert found is not None and found.step == 5
-    assert "step-00000010" in complaint and (name in complaint or damage is not Path.unlink)
+    assert "step-00000010" in complaint and name in complaint
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -234,6 +234,9 @@ def test_what_may_be_removed_is_old_sound_and_not_for_good(tmp_path: Path) -> No
     for step in (5, 10, 15, 20, 25, 30):
         save(tmp_path, step, keep_every=10)
     flip(tmp_path / "step-00000005" / "MANIFEST.json")
+    cut(tmp_path / "step-00000025" / ONE_FILE)
+    assert removable(tmp_path, 1) == []
+    save(tmp_path, 25)
     assert [path.name for path in removable(tmp_path, 1)] == ["step-00000015"]
     assert [path.name for path in removable(tmp_path, 1, last=20)] == []
 
