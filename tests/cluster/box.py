@@ -2,7 +2,7 @@
 
     python -m tests.cluster.box up                     # head, node-1 and node-2 (root; Debian: openssh-server pdsh)
     python -m tests.cluster.box run head ssh node-1 hostname -I
-    python -m tests.cluster.box unplug node-2          # or: plug, power-off, power-on, stop-ssh, start-ssh
+    python -m tests.cluster.box unplug node-2          # or: plug, crash, power-off, power-on, stop-ssh, start-ssh
     python -m tests.cluster.box down
 
 A host is a set of Linux namespaces that live as long as their first process; the hosts hang on a bridge in one more
@@ -12,6 +12,7 @@ ssh, which are private, so that nothing outside the box changes and boxes do not
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,13 @@ class Box:
 
     # Faults
 
+    def crash(self, name: str) -> None:
+        """Kill all processes of a host; its kernel still closes their connections, so that the others hear of it."""
+        for pid in self.processes(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.power_off(name)
+
     def power_off(self, name: str) -> None:
         """End a host like a power cut: nobody hears from it again, not even that its connections are closed."""
         pid = self.pid(name)
@@ -123,17 +131,23 @@ class Box:
             return
         if name != SWITCH and self.pid(SWITCH):
             self.unplug(name)
-        os.kill(pid, signal.SIGKILL)  # the kernel kills all that is in the namespace of the first process
-        while self.pid(name):
-            time.sleep(0.01)
+        first = os.pidfd_open(pid)
+        signal.pidfd_send_signal(first, signal.SIGKILL)
+        # The kernel kills all in the namespace of a first process, and lets this one end as the last of them.
+        ended, _, _ = select.select([first], [], [], 30)
+        os.close(first)
+        if not ended:
+            raise RuntimeError(f"{name} of the box {self.folder} does not end")
 
     def power_on(self, name: str, *, lasting: bool = False) -> None:
         """Start a host that is off."""
         pid, switch = self._start(name, lasting), self.pid(SWITCH)
         with contextlib.suppress(RuntimeError):
             self.check(SWITCH, "ip", "link", "delete", name)  # the old cable, where the kernel has not tidied up yet
-        ends = f"link add eth0 netns {pid} type veth peer name {name} netns {switch}"
-        _quiet("ip", *ends.split())
+        # The same hardware address at each start: the others remember it.
+        hardware = f"02:00:0a:4d:00:{self.names.index(name) + 1:02x}"
+        cable = f"link add eth0 address {hardware} netns {pid} type veth peer name {name} netns {switch}"
+        _quiet("ip", *cable.split())
         self.check(SWITCH, "ip", "link", "set", name, "master", "bridge", "up")
         script = (
             f"mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && mount --bind {self.folder}/hosts /etc/hosts && "
@@ -212,7 +226,7 @@ def main(words: list[str]) -> int:
             shutil.rmtree(box.folder, ignore_errors=True)
         case ["run", name, *command] if command:
             return subprocess.run(box.command(name, *command)).returncode
-        case [("power-off" | "power-on" | "plug" | "unplug" | "stop-ssh" | "start-ssh") as fault, name]:
+        case [("crash" | "power-off" | "power-on" | "plug" | "unplug" | "stop-ssh" | "start-ssh") as fault, name]:
             options = {"lasting": True} if fault == "power-on" else {}
             getattr(box, fault.replace("-", "_"))(name, **options)
         case _:
