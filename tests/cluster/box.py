@@ -198,6 +198,11 @@ class Box:
         raise RuntimeError(f"the namespaces of {name} could not be made (are we root?)")
 
 
+def default_folder() -> Path:
+    """Where the command line keeps its box."""
+    return Path(os.environ.get("MMTRAIN_BOX", f"{tempfile.gettempdir()}/mmtrain-box")).absolute()
+
+
 def missing() -> str:
     """What this machine lacks for a box, as a reason; empty when nothing."""
     if os.geteuid():
@@ -214,8 +219,8 @@ def _quiet(*words: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """The command line above; the box is in MMTRAIN_BOX or a folder of the temporary directory."""
-    box = Box(Path(os.environ.get("MMTRAIN_BOX", f"{tempfile.gettempdir()}/mmtrain-box")).absolute())
+    """The command line above."""
+    box = Box(default_folder())
     match words:
         case ["up"] if not missing():
             box.down()
