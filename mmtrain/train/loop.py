@@ -22,7 +22,7 @@ from mmtrain.train.engine import Engine
 from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.saving import Saver
 from mmtrain.train.schedule import learning_rate
-from mmtrain.train.sections import Sections, stragglers
+from mmtrain.train.sections import ALONE, Sections, stragglers
 from mmtrain.train.stopping import Stopping
 from mmtrain.train.watchdog import Watchdog
 from mmtrain.train.window import Totals, Window
@@ -122,6 +122,8 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
 
         is_last = run.stopping.agreed()
         saving = is_last or due(run.step, config.train.checkpoint_every, steps)
+        if saving:
+            run.health.settle()  # no step is saved before it is known to be sound
         verdict = run.health.verdict()
         for sentence in [*verdict.sentences, *run.saver.poll()]:
             run.say(sentence)
@@ -145,7 +147,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
             run.ledger.save(run.folder / "ledger.json")
         if saving:
             with sections("checkpoint"):
-                save(run, batches)
+                save(run, stream_state(run, batches))
             window.started = time.perf_counter()
         if run.stopping.reason:
             break
@@ -193,7 +195,8 @@ def dry_run(run: Run) -> None:
 def roll_back(run: Run, batches: Batches, spike: int) -> bool:
     """Go back to the newest checkpoint before step `spike`, and on with the data after it; False when there is none.
 
-    Training since then is booked as repeated. All ranks come here together.
+    Training since then is booked as repeated. The checkpoint is written again with what is left out, so that a crash
+    does not bring it back. All ranks come here together.
     """
     with run.sections("checkpoint"):
         run.saver.wait()
@@ -201,15 +204,16 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
         if checkpoint is None or checkpoint.step >= spike:
             run.say(f"there is no checkpoint before step {spike} to go back to; going on")
             return False
-        spent, health, detector = run.ledger.state(), run.health.state(), run.detector.state()
+        stream, spent = stream_state(run, batches), run.ledger.state()
+        health, detector = run.health.state(), run.detector.state()
         skips = run.health.skips.back(checkpoint.step, run.step)
-        lanes = merge_states(run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1))))
         restore(run, checkpoint)
-        run.stream.load(lanes)
+        run.stream.load(stream)
         run.ledger.repeat(spent)
         run.health.load(health)
-        run.detector.load(detector)
         run.health.skips = skips
+        run.detector.load(detector)
+        save(run, stream)
     run.say(f"back at step {run.step} after the spike at step {spike}; the batches since then are left out")
     return True
 
@@ -217,7 +221,9 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
 def watched(run: Run) -> dict[str, Any]:
     """Numbers of `health` for the log, and a sentence for every rank that is slow; all ranks must call."""
     by_rank = run.world.gather(run.sections.take())
-    slow = {(s.rank, s.section): s for s in stragglers(by_rank, run.config.health.straggler_factor)}
+    e, factor = run.config.engine, run.config.health.straggler_factor
+    alone = ("data",) if e.kind == "deepspeed" and e.stage == 3 else ALONE
+    slow = {(s.rank, s.section): s for s in stragglers(by_rank, factor, alone)}
     run.slow_windows = {place: run.slow_windows.get(place, 0) + 1 for place in slow}
     for place, windows in run.slow_windows.items():
         if windows == SLOW_WINDOWS:
@@ -323,14 +329,18 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {} if run.stopping.reason else totals.losses("val_")
 
 
-def save(run: Run, batches: Batches) -> None:
-    """Write a checkpoint of this step; all ranks take part."""
-    lanes = run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1)))
+def stream_state(run: Run, batches: Batches) -> dict[str, Any]:
+    """The stream's state behind the last step, of all lanes; all ranks must call."""
+    return merge_states(run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1))))
+
+
+def save(run: Run, stream: dict[str, Any]) -> None:
+    """Write a checkpoint of this step; all ranks take part. stream: where to go on (`stream_state`)."""
     state = {
         "step": run.step,
         "updates": run.engine.updates(),
         "tokens": run.tokens,
-        "stream": merge_states(lanes),
+        "stream": stream,
         "health": run.health.state(),
         "spikes": run.detector.state(),
         "ledger": run.ledger.state(),

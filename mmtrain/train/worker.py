@@ -55,10 +55,10 @@ def main() -> int:
     # DeepSpeed calls collectives by names that newer versions of torch deprecate, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = load_frozen(folder / "config.yaml")
+    watchdog = Watchdog(folder / "logs", int(os.environ.get("RANK", 0)), section_limits(config.health))
     world = start_world(process_group_timeout(config.health))
     run = None
     code = 1
-    watchdog = Watchdog(folder / "logs", world.rank, section_limits(config.health))
     try:
         with claim(folder) if world.rank == 0 else contextlib.nullcontext():
             check_ranks(world, folder)
