@@ -1,24 +1,28 @@
-"""The same 20 steps by every engine, for test_parity.py; importing DeepSpeed is slow, so one process does all.
+"""The same 20 steps by every engine, for test_parity.py.
 
-    torchrun --nproc_per_node 4|2|1 parity_cases.py OUT        every engine on this many ranks, and a leg of the journey
-    torchrun --nproc_per_node 4 parity_cases.py OUT last-leg   stage 3 on four ranks, where one rank has left off
+    python parity_cases.py OUT
 
-Each run leaves its final weights as OUT/NAME.safetensors, and its losses in OUT/losses-RANKS[-last-leg].json.
+Importing torch and DeepSpeed is slow, so one process does it, and forks into 4, then 2, 1 and 4 ranks. Each run leaves
+its final weights as OUT/NAME.safetensors, and all leave their losses in OUT/losses-LEG.json.
 """
 
 import json
+import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmtrain.config import Config
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import Engine, build_engine
+from mmtrain.train.launch import free_port
 from mmtrain.train.loop import seed_dropout
 from tests.train import engine_cases
 from tests.train.engine_cases import FP32, OFFLOAD, VOCABULARY, State, load, new_model, whole_state
@@ -27,7 +31,7 @@ ROWS, LENGTH, STEPS, SHORT = 16, 32, 20, 5
 RATE = 2e-3
 FP32_ENGINES = (*FP32, *(name for name in OFFLOAD if "bf16" not in name))
 BF16_ENGINES = (*engine_cases.BF16, *(name for name in OFFLOAD if "bf16" in name))
-RECOMPUTING = ("ddp", "zero1", "zero3", "zero3-offload-parameters")
+RECOMPUTING = (("ddp", 0.1), ("zero1", 0.0), ("zero3", 0.1), ("zero3-offload-parameters", 0.0))  # engine, dropout
 JOURNEY = (("zero3", 4), ("zero1", 2), ("zero0", 1), ("zero3", 4))  # engine and ranks, five steps each
 
 
@@ -51,8 +55,8 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """Recomputation is compared bit for bit, which few steps show."""
-        return SHORT if self.dropout or self.recomputes else STEPS
+        """Of training: a few where two runs are compared bit for bit."""
+        return SHORT if self in recomputing_cases() else STEPS
 
 
 def cases(ranks: int) -> list[Case]:
@@ -60,20 +64,15 @@ def cases(ranks: int) -> list[Case]:
     parts = (4,) if ranks == 4 else (1, 4)
     runs = [Case(engine, ranks, part) for engine in FP32_ENGINES for part in parts]
     if ranks == 2:
-        runs += [Case(engine, ranks, part) for engine in BF16_ENGINES for part in (1, 4)]
+        runs += [Case(engine, ranks, 4) for engine in BF16_ENGINES]
         runs += [Case(f"zero{stage}-bf16", ranks, 4, bf16_reduction=True) for stage in (1, 2, 3)]
         runs += recomputing_cases()
     return runs
 
 
 def recomputing_cases() -> list[Case]:
-    """Each engine with and without recomputed activations, with and without dropout."""
-    return [
-        Case(engine, 2, 2, dropout, recomputes)
-        for engine in RECOMPUTING
-        for dropout in (0.0, 0.1)
-        for recomputes in (False, True)
-    ]
+    """Engines with and without recomputed activations."""
+    return [Case(engine, 2, 2, dropout, recomputes) for engine, dropout in RECOMPUTING for recomputes in (False, True)]
 
 
 def configure(case: Case) -> Config:
@@ -165,30 +164,38 @@ def travel(leg: int, out: Path, world: World) -> list[float]:
     return losses
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    is_last_leg = sys.argv[2:] == ["last-leg"]
+def work(rank: int, leg: int, ports: list[int], out: Path) -> None:
+    """What a rank does on one leg of the journey."""
+    ranks = JOURNEY[leg][1]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(ports[leg])}
     torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at every step
     world = start_world()
-    losses: dict[str, list[float]] = {}
-    leg = 3 if is_last_leg else {4: 0, 2: 1, 1: 2}[world.size]
-    losses[f"leg-{leg}"] = travel(leg, out, world)
-    for case in [] if is_last_leg else cases(world.size):
+    losses = {f"leg-{leg}": travel(leg, out, world)}
+    for case in cases(ranks) if leg < 3 else []:
         engine = start(case, world)
         losses[case.name] = train(engine, case, world, 0, case.steps)
         final = weights(whole_state(engine, world))
-        if world.rank == 0:
+        if rank == 0:
             save_file(final, out / f"{case.name}.safetensors")
-    if world.size == 1:
+    if ranks == 1:
         losses["plain"], final = plain()
         save_file(final, out / "plain.safetensors")
-    if world.rank == 0:
-        name = f"losses-{world.size}" + "-last-leg" * is_last_leg
-        (out / f"{name}.json").write_text(json.dumps(losses))
+    if rank == 0:
+        (out / f"losses-{leg}.json").write_text(json.dumps(losses))
     world.barrier()
     torch.distributed.destroy_process_group()
 
 
+def main() -> None:
+    import deepspeed  # noqa: F401, PLC0415  (before the forks)
+
+    ports = [free_port() for _ in JOURNEY]
+    for leg, (_, ranks) in enumerate(JOURNEY):
+        arguments = (leg, ports, Path(sys.argv[1]))
+        torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="fork")
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
