@@ -255,12 +255,17 @@ class EngineConfig:
     """DeepSpeed or DDP, and how processes are started."""
 
     kind: str = knob("deepspeed", "Engine.", choices=("deepspeed", "ddp"))
-    stage: int = knob(1, "ZeRO stage (deepspeed).", choices=(0, 1, 2, 3))
+    stage: Any = knob(1, "ZeRO stage (deepspeed), or auto = the cheapest whose estimated memory fits.", choices=("auto", 0, 1, 2, 3))
     dtype: str = knob("bf16", "Parameters and activations; optimizer states and masters are float32.", choices=("bf16", "fp32"))
+    reduce_dtype: str = knob("fp32", "In which gradients are summed over ranks (deepspeed); they are accumulated in float32 always.", choices=("fp32", "bf16"))
+    offload_optimizer: bool = knob(False, "Keep masters and moments in host memory, and update there (deepspeed, stage 1 to 3).")
+    offload_parameters: bool = knob(False, "Keep parameters in host memory (deepspeed, stage 3).")
     micro_batch: int = knob(0, "Sequences per rank and forward pass (0: the whole share of the rank).", minimum=0)
     ranks: int = knob(0, "Processes on this machine (0: one per GPU; without GPUs 2, or 1 on one core).", minimum=0)
     hostfile: str | None = knob(None, "DeepSpeed hostfile: train on these hosts over ssh.")
     master_port: int = knob(0, "Rendezvous port (0: a free one; several hosts: 29500).", minimum=0)
+    restarts: int = knob(0, "Starts after a failure, on the hosts that answer, from the newest checkpoint.", minimum=0)
+    give_up_after: int = knob(3, "Failures in a row without a new checkpoint after which no restart is tried.", minimum=1)
 
 
 @dataclass
@@ -272,6 +277,27 @@ class TrainConfig:
     evaluate_batches: int = knob(4, "Global batches per validation.", minimum=1)
     checkpoint_every: int = knob(200, "Steps between checkpoints (one more is written at the end).", minimum=1)
     keep_checkpoints: int = knob(2, "Newest checkpoints to keep.", minimum=1)
+    keep_every: int = knob(0, "Checkpoints at multiples of this step are kept for good (0: none).", minimum=0)
+    async_checkpoint: bool = knob(True, "Write checkpoints behind the training that goes on (from a copy in host memory).")
+    dry_run: bool = knob(True, "Before the first step do one that changes nothing, so that what cannot work fails at once.")
+
+
+@dataclass
+class HealthConfig:
+    """What is watched while training, and what is done about it."""
+
+    max_skipped: int = knob(10, "Updates skipped in a row, for a loss or gradient that is not finite, after which training stops.", minimum=1)
+    spike: str = knob("log", "A loss far above those before it: log = say so; skip = also leave the update out; rollback = go back to the newest checkpoint and leave out the data since then.", choices=("log", "skip", "rollback"))
+    spike_sigma: float = knob(6.0, "Standard deviations above the mean of the window that make a spike.", minimum=1.0)
+    spike_window: int = knob(128, "Steps that the mean is taken over.", minimum=8)
+    max_rollbacks: int = knob(3, "Roll-backs after which a spike stops the run.", minimum=1)
+    signs: bool = knob(True, "Log the output norm of the last block, log Z, and gradients by modality (in steps that are logged).")
+    straggler_factor: float = knob(1.5, "Say so when a rank takes so many times the median of all ranks for its data or its forward pass.", minimum=1.0)
+    setup_seconds: float = knob(1800.0, "Most time until the first step is done; beyond it all stacks are written down and the run ends (0: never).", minimum=0.0)
+    data_seconds: float = knob(600.0, "The same for waiting for a batch.", minimum=0.0)
+    step_seconds: float = knob(600.0, "The same for forward, backward, or update of a step.", minimum=0.0)
+    evaluate_seconds: float = knob(1800.0, "The same for a validation.", minimum=0.0)
+    checkpoint_seconds: float = knob(1800.0, "The same for a checkpoint.", minimum=0.0)
 
 
 @dataclass
@@ -357,6 +383,7 @@ class Config:
     optim: OptimConfig = knob(OptimConfig, "Optimizer.")
     engine: EngineConfig = knob(EngineConfig, "Engine.")
     train: TrainConfig = knob(TrainConfig, "Training.")
+    health: HealthConfig = knob(HealthConfig, "Health.")
     track: TrackConfig = knob(TrackConfig, "Tracking.")
     generate: GenerateConfig = knob(GenerateConfig, "Generation.")
     task: TaskConfig = knob(TaskConfig, "Evaluation task.")

@@ -24,7 +24,8 @@ from mmtrain.train.checkpoint import has_checkpoint
 
 # What may differ between the frozen config and a command that continues the run.
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "data.processes", "engine",
-                  "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "stream.prefetch",
+                  "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
+                  "train.async_checkpoint", "train.dry_run", "health", "stream.prefetch",
                   "stream.workers", "mix", "corpora", "store")  # fmt: skip
 LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")

@@ -61,7 +61,7 @@ def test_a_wrong_type_names_the_key_and_what_it_takes(override: str, answer: str
         (["model.layers=0"], "at least 1"),
         (["optim.lr=nan"], "at least 0"),
         (["generate.top_p=1.5"], "at most 1"),
-        (["engine.stage=4"], "not one of 0, 1, 2, 3"),
+        (["engine.stage=4"], "not one of auto, 0, 1, 2, 3"),
         (["model.heads=3"], "not a multiple of model.heads=3"),
         (["corpus.image_size=60"], "56 would be"),
         (["stream.sequence_length=64"], "at least 72 is needed"),

@@ -17,9 +17,13 @@ from mmtrain.objective import TrainingSequence
 from mmtrain.stream.batch import Batch, BatchCounts, collate
 from mmtrain.tokens import Vocabulary
 from mmtrain.train import loop
-from mmtrain.train.checkpoint import latest_checkpoint, load_tensors
+from mmtrain.train.checkpoint import latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import build_engine
+from mmtrain.train.health import Health, SpikeDetector
+from mmtrain.train.saving import Saver
+from mmtrain.train.sections import Sections
+from mmtrain.train.stopping import Stopping
 
 VOCABULARY = Vocabulary(280, 32, 4)
 NEXT = random_stream("small run", "next").permutation(VOCABULARY.size)
@@ -90,22 +94,31 @@ def train(config: Config, folder: Path, model: Decoder | None = None, accumulati
     rows: list[dict[str, Any]] = []
     tracker = SimpleNamespace(say=print, log=lambda step, row: rows.append({"step": step, **row}))
     stream = FixedStream(config.stream)
+    model = model or new_model(config)
     run = loop.Run(
         config=config,
         folder=folder,
         world=WORLD,
         vocabulary=VOCABULARY,
-        engine=build_engine(model or new_model(config), config, WORLD, accumulation),
+        engine=build_engine(model, config, WORLD, accumulation),
         stream=stream,  # type: ignore[arg-type]
         validation=[stream.prepare(10**6)],
         ledger=Ledger(),
+        model=model,
+        saver=Saver(folder / "checkpoints", WORLD, config.train.keep_checkpoints),
+        health=Health(config.health, WORLD.device),
+        detector=SpikeDetector(config.health.spike_window, config.health.spike_sigma, WORLD.device),
+        sections=Sections(WORLD.device),
+        watchdog=SimpleNamespace(start_step=lambda step: None),  # type: ignore[arg-type]
+        stopping=Stopping(folder, WORLD),
         tracker=tracker,  # type: ignore[arg-type]
         run_id="small",
         accumulation=accumulation,
+        shapes={name: list(parameter.shape) for name, parameter in model.named_parameters()},
     )
     checkpoint, _ = latest_checkpoint(folder / "checkpoints")
     if checkpoint:
-        loop.restore(run, checkpoint, *load_tensors(checkpoint))
+        loop.restore(run, checkpoint)
     # A second of matrix products, and a file flushed to the disk at every step.
     with mock.patch.object(loop, "device_peak", return_value=None), mock.patch.object(Ledger, "save"):
         loop.train(run)
