@@ -16,17 +16,13 @@ import torch
 
 from mmtrain.config import Config, UserError
 from mmtrain.models import count_parameters
-from mmtrain.train.activations import (
-    Precision,
-    backward_of_block,
-    kept_around_blocks,
-    kept_by_block,
-)
+from mmtrain.train.activations import Precision, backward_of_block, kept_around_blocks, kept_by_block
 from mmtrain.train.distributed import World
 
 USABLE = 0.9  # the rest: fragments, the libraries' own buffers, work spaces of products
-BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, as in engine.deepspeed_config
+BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, as deepspeed_config says
 GATHERED = 1_000_000_000  # elements that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
+PREFETCHED = 50_000_000  # elements that stage 3 gathers at a time, then copies: stage3_prefetch_bucket_size
 FLATTENED = 500_000_000  # elements that stage 0 reduces at a time, DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 INPUT_BYTES = 48  # of a token: three int64, three int32, a float32 and what is made of them
 NO_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
@@ -178,7 +174,7 @@ def _zero(
         accumulated = gradients if is_accumulated else 0
     else:
         accumulated = gradients = 4 * P // N
-        bucket = BUCKET * 4
+        bucket = BUCKET * 4 + size * min(P, PREFETCHED)
     if offload_optimizer:
         offloaded = masters_and_moments + 4 * P // N
         gradients, accumulated = (gradients, accumulated) if stage == 1 else (0, 0)
