@@ -133,8 +133,10 @@ def estimate(
             head * precision.parameter,
             states.buffers,
         ),
-        # the end of the backward pass: the gradients of the embedding, as head and as table
-        at(parameters, states.gradients, around + backward, head * precision.parameter, states.buffers),
+        # the first block's backward pass, when all other gradients are there
+        at(parameters, states.gradients, around + block + backward, 0, states.buffers),
+        # the embedding's, whose gradient as a table is added to that as the head
+        at(parameters, states.gradients, around + stream, head * precision.parameter, states.buffers),
         # the update
         at(states.parameters, states.gradients, around, 0, states.buffers + states.update),
         key=lambda memory: memory.device_total,
