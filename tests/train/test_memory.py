@@ -16,7 +16,7 @@ from mmtrain.models import build_model, count_parameters
 from mmtrain.train.activations import Precision, kept_by_block
 from mmtrain.train.distributed import World
 from mmtrain.train.memory import BUCKET, available_bytes, choose_stage, estimate, is_out_of_memory, out_of_memory
-from mmtrain.train.zero import deepspeed_config
+from mmtrain.train.zero_config import deepspeed_config
 from tests.train.memory_cases import STAGES, VOCABULARY, batch, configure, measured
 
 SIZES = (65536, 4096)  # vocabulary, positions
