@@ -21,7 +21,7 @@ from mmtrain.train.distributed import World
 
 USABLE = 0.9  # the rest: fragments, the libraries' own buffers, work spaces of products
 BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, as deepspeed_config says
-GATHERED = 1_000_000_000  # elements that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
+GATHERED = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 PREFETCHED = 50_000_000  # elements that stage 3 gathers at a time, then copies: stage3_prefetch_bucket_size
 FLATTENED = 500_000_000  # elements that stage 0 reduces at a time, DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 INPUT_BYTES = 48  # of a token: three int64, three int32, a float32 and what is made of them
