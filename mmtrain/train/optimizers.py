@@ -92,6 +92,6 @@ def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     others the gradients are taken away, without which torch leaves a parameter alone.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
     elif not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ VERBS: dict[str, str] = {
     "import": "read a Hugging Face folder of OPT, Llama or Chameleon, to train from it",
     "flops": "compute of published models, of a configuration, of a run",
     "report": "write report.html of a run",
+    "checkpoint": "list, verify, prune and compare the checkpoints of a run",
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
@@ -100,11 +101,17 @@ Example
 """,
     "train": """\
 mmtrain train [settings]
+mmtrain train prepare [settings]
 
 Prepares what is missing (corpus, tokenizers, shards, neighbours) and trains on DeepSpeed: on every GPU of
 this machine, or on 2 CPU processes where there is none. The run directory is root/name, runs/NAME by
-default: config.yaml, metrics.jsonl, checkpoints/, samples/, ledger.json. Ctrl-C or a crash loses
-at most train.checkpoint_every steps: the same command goes on from the newest checkpoint.
+default: config.yaml, metrics.jsonl, checkpoints/, samples/, ledger.json. Ctrl-C, SIGTERM, SIGUSR1 or a file RUN/stop
+finish the step, save, and end with exit code 0; a second Ctrl-C ends at once. A crash loses at most
+train.checkpoint_every steps. The same command goes on from the newest checkpoint; engine.restarts=N does so by
+itself, on the hosts that still answer. Exit code 1: training failed; 2: a mistake that you can mend.
+
+prepare   stops before training; its last line is the run directory, for torchrun, Slurm or Kubernetes to train:
+          torchrun --nproc_per_node 2 -m mmtrain.train.worker --run-dir runs/quickstart
 
 Example: minutes on a laptop, on real captioned pictures
   mmtrain train experiment=quickstart
@@ -112,9 +119,9 @@ Example: minutes on a laptop, on real captioned pictures
 Example: a model and a name of your own
   mmtrain train name=wide corpus=shapes model=small model.width=384 optim.lr=5e-4 train.steps=3000
 
-Example: four processes with ZeRO 3; two hosts
+Example: four processes with ZeRO 3; the hosts of a file, going on without those that are lost
   mmtrain train experiment=quickstart engine=zero3 engine.ranks=4
-  mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=launch/hostfile.example
+  mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=hosts.txt engine.restarts=20
 """,
     "generate": """\
 mmtrain generate [PROMPT ...] [settings]
@@ -175,6 +182,24 @@ published models, and the commands that reproduce it. The run is chosen as with 
 
 Example
   mmtrain report run=runs/quickstart
+""",
+    "checkpoint": """\
+mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]
+
+ls      lists the checkpoints of a run: step, time, size, ranks that wrote it, kept for good, complete.
+verify  compares every byte with what was written, names every bad file; exit code 1 if there is one.
+prune   removes all but the newest N, says what it frees; dry: only says so. What train.keep_every keeps for good
+        stays, and the newest that is sound, and what is damaged.
+diff    compares two checkpoints, whatever engine, ZeRO stage and number of ranks wrote them: what differs in the
+        state, the largest differences by kind of tensor, the worst parameters; exit code 0 when all is equal bit for
+        bit, 1 when not.
+
+A CHECKPOINT is a step, the name of a folder under checkpoints/, or any path. The run is chosen as with
+`mmtrain generate`.
+
+Example
+  mmtrain checkpoint ls run=runs/quickstart
+  mmtrain checkpoint diff 200 runs/other/checkpoints/step-00000200 run=runs/quickstart
 """,
     "export": """\
 mmtrain export out=FOLDER [run=FOLDER|name=NAME] [dtype=float32|bf16] [shard_bytes=5000000000] [settings]

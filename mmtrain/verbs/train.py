@@ -2,33 +2,43 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
-from mmtrain.config import UserError
+from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose
 from mmtrain.track import closing_box
-from mmtrain.train.checkpoint import latest_checkpoint
-from mmtrain.train.launch import check_batch, launch, num_ranks
+from mmtrain.train.checkpoint import newest
+from mmtrain.train.launch import check_batch, num_ranks
 from mmtrain.train.run import check_run, open_run
+from mmtrain.train.status import read_status
+from mmtrain.train.supervise import FINISHED, STOPPED, USER, supervise
+
+PREPARE = "prepare"
 
 
 def main(argv: list[str]) -> int:
-    """Compose, prepare artifacts, freeze the config and launch; returns the exit code of training."""
+    """Compose, prepare artifacts, freeze the config and train; returns 1 when training failed.
+
+    With `prepare` as the first word it stops before training, and the last line it prints is the run directory.
+    """
     from mmtrain.verbs.prepare import prepare  # noqa: PLC0415
 
-    config = compose(argv)
-    check_batch(config, num_ranks(config))
+    prepare_only = argv[:1] == [PREPARE]
+    config = compose(argv[prepare_only:])
+    if not prepare_only:  # else somebody else decides how many ranks there are
+        check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name
     check_run(run_dir, config)
     open_run(run_dir, config, prepare(config), shlex.join(["mmtrain", "train", *argv]))
-    finished, _ = latest_checkpoint(run_dir / "checkpoints")
+    if prepare_only:
+        print(run_dir.resolve())
+        return 0
+    finished = newest(run_dir / "checkpoints")
     if finished is None or finished.step < config.train.steps:
-        code = launch(run_dir, config)
-        if code:
-            raise UserError(
-                f"training stopped with exit code {code} (the reason is printed above); mend it and run the same "
-                f"command again: it continues from the last checkpoint in {os.path.relpath(run_dir / 'checkpoints')}"
-            )
+        cause = supervise(run_dir, config)
+        if cause != FINISHED:
+            return _explain(cause, run_dir, config)
     folder = os.path.relpath(run_dir)
     places = {
         "checkpoints": f"{folder}/checkpoints",
@@ -38,3 +48,21 @@ def main(argv: list[str]) -> int:
     }
     closing_box(f"{config.name}: {config.train.steps} steps trained", places)
     return 0
+
+
+def _explain(cause: str, run_dir: Path, config: Config) -> int:
+    """Say how training ended before its last step; returns the exit code of the command."""
+    checkpoints = os.path.relpath(run_dir / "checkpoints")
+    if cause == STOPPED:
+        status = read_status(run_dir)
+        at = f" at step {status.step} of {config.train.steps}" if status else ""
+        print(f"mmtrain: stopped{at}; saved in {checkpoints}; the same command goes on from there")
+        return 0
+    if cause == USER:
+        raise UserError("training stopped (the reason is printed above); mend it and run the same command again")
+    print(
+        f"mmtrain: training ended: {cause} (what happened is printed above); the same command goes on from the last "
+        f"checkpoint in {checkpoints}, and engine.restarts=N makes it do so by itself",
+        file=sys.stderr,
+    )
+    return 1
