@@ -90,6 +90,9 @@ def check_command(words: list[str]) -> None:
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings
         assert len(others) <= (verb == "import"), others
         return
+    if verb == "checkpoint":
+        assert others[:1] in (["ls"], ["verify"], ["prune"], ["diff"]), others
+        return
     parts["data"] = {*data.STEPS, *data.LOOKS, "json", "50"}
     allowed |= parts.get(verb, set())
     if verb == "flops" and others[:1] == ["show"]:

@@ -108,13 +108,45 @@ def _picture_conflicts(config: Config) -> Iterator[str]:
 
 def _engine_conflicts(config: Config) -> Iterator[str]:
     engine = config.engine
-    if engine.kind == "deepspeed" and engine.stage == 0 and engine.dtype == "bf16":
+    if engine.stage != "auto" and type(engine.stage) is not int:
+        yield f"engine.stage={engine.stage} is not one of auto, 0, 1, 2, 3; write a whole number"
+    if engine.kind == "ddp":
+        yield from _ddp_conflicts(config)
+        return
+    if engine.stage == 0 and engine.dtype == "bf16":
         yield (
             "engine.stage=0 with engine.dtype=bf16 would accumulate gradients in bf16: DeepSpeed has no float32 "
             "accumulation there; use engine.stage=1, engine=ddp, or engine.dtype=fp32"
         )
-    if engine.kind == "deepspeed" and config.optim.kind == "muon":
+    if engine.stage == 0 and engine.offload_optimizer:
+        yield (
+            "engine.offload_optimizer=true needs masters that are apart from the parameters, and engine.stage=0 has "
+            "none; use engine.stage=1, or offload_optimizer=false"
+        )
+    if engine.stage not in (3, "auto") and engine.offload_parameters:
+        yield (
+            f"engine.offload_parameters=true needs parameters that are gathered when used, and engine.stage="
+            f"{engine.stage} holds all of them at all times; use engine.stage=3, or offload_parameters=false"
+        )
+    if engine.dtype == "fp32" and engine.reduce_dtype == "bf16":
+        yield (
+            "engine.reduce_dtype=bf16 would round the gradients of engine.dtype=fp32; use engine.reduce_dtype=fp32, "
+            "or engine.dtype=bf16"
+        )
+    if config.optim.kind == "muon":
         yield "optim.kind=muon needs whole matrices, and ZeRO takes them apart; use engine=ddp, or optim.kind=adamw"
+
+
+def _ddp_conflicts(config: Config) -> Iterator[str]:
+    engine = config.engine
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(engine, name):
+            yield f"engine.{name}=true is DeepSpeed's, and engine=ddp keeps all on the device; use engine=zero3"
+    if engine.reduce_dtype != "fp32":
+        yield (
+            f"engine.reduce_dtype={engine.reduce_dtype} is DeepSpeed's, and engine=ddp sums its float32 gradients as "
+            "they are; use engine.reduce_dtype=fp32, or engine=zero1"
+        )
 
 
 def _sequence_conflicts(config: Config) -> Iterator[str]:

@@ -83,22 +83,27 @@ class Ledger:
             books[kind] = flops
         self._books = books
 
+    def repeat(self, spent: dict[str, int]) -> int:
+        """After `load` of an older state: what `spent` (a `state()`) counts beyond it was really computed.
+
+        Training beyond it will be done again, so it is booked as `repeated`; other work keeps its book. Returns the
+        FLOPs booked as repeated by this call.
+        """
+        lost = sum(max(0, spent.get(kind, 0) - self._books[kind]) for kind in TRAIN_BOOKS)
+        for kind in BOOKS:
+            if kind not in TRAIN_BOOKS:
+                self._books[kind] = max(self._books[kind], spent.get(kind, 0))
+        self._books["repeated"] += lost
+        return lost
+
     def recover(self, path: Path) -> int:
         """After `load`, take over what the ledger.json of a crashed run counts beyond its last checkpoint.
 
-        Training beyond the checkpoint will be done again, so it is booked as `repeated`; other work keeps its
-        book. Returns the FLOPs booked as repeated by this call. Does nothing when there is no file.
-        Raises UserError when the file is damaged.
+        As `repeat`. Does nothing when there is no file. Raises UserError when the file is damaged.
         """
         if not path.exists():
             return 0
-        disk = Ledger.read(path)
-        lost = sum(max(0, disk[kind] - self._books[kind]) for kind in TRAIN_BOOKS)
-        for kind in BOOKS:
-            if kind not in TRAIN_BOOKS:
-                self._books[kind] = max(self._books[kind], disk[kind])
-        self._books["repeated"] += lost
-        return lost
+        return self.repeat(Ledger.read(path).state())
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of ledger.json: conventions, FLOPs by kind and totals."""

@@ -16,6 +16,7 @@ from mmtrain.models.attention import QKNorm, Rotary, SelfAttention
 from mmtrain.models.cache import KVCache
 from mmtrain.models.loss import Head, LossSums
 from mmtrain.models.packing import Packing, pack_documents
+from mmtrain.models.signs import Signs
 
 
 class Block(nn.Module):
@@ -87,6 +88,7 @@ class Decoder(nn.Module, ABC):
         self.head = Head(config.width, vocabulary_size, config.loss_chunk, config.z_loss)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
+        self.watched: Signs | None = None
 
     @abstractmethod
     def new_norm(self) -> nn.Module:
@@ -121,6 +123,16 @@ class Decoder(nn.Module, ABC):
             else:
                 nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
 
+    def watch(self, is_watched: bool) -> None:
+        """From now on collect the warning signs of forward passes with gradients, from nothing; or stop."""
+        self.watched = self.head.watched = Signs() if is_watched else None
+
+    def take_signs(self) -> Signs | None:
+        """What was collected since `watch(True)`, which ends here; None without a watch."""
+        signs = self.watched
+        self.watch(False)
+        return signs
+
     def forward(
         self,
         tokens: Tensor,
@@ -138,11 +150,14 @@ class Decoder(nn.Module, ABC):
         cell -1 = no image token; loss_weight: (B, S) float32; starts: `document_starts`, which varlen needs.
         """
         packing = pack_documents(document, self.config.attention, starts)
-        return self.head(self._hidden(tokens, packing, position, cell), targets, loss_weight, modality)
+        x_BSD = self._stack(tokens, packing, position, cell)
+        if self.watched is not None and torch.is_grad_enabled():
+            self.watched.add_output(x_BSD, document >= 0)
+        return self.head(self.final_norm(x_BSD), targets, loss_weight, modality)
 
     def logits(self, tokens: Tensor, document: Tensor, position: Tensor, cell: Tensor) -> Tensor:
         """(B, S, V) logits of a packed batch, without a cache."""
-        return self.head(self._hidden(tokens, pack_documents(document), position, cell))
+        return self.head(self.final_norm(self._stack(tokens, pack_documents(document), position, cell)))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
@@ -167,8 +182,8 @@ class Decoder(nn.Module, ABC):
         cache.length += tokens.shape[1]
         return self.final_norm(x_BSD)
 
-    def _hidden(self, tokens: Tensor, packing: Packing, position: Tensor, cell: Tensor) -> Tensor:
-        """(B, S, D) before the head."""
+    def _stack(self, tokens: Tensor, packing: Packing, position: Tensor, cell: Tensor) -> Tensor:
+        """(B, S, D) after the last block."""
         x_BSD, rotary = self._embed(tokens, position, cell)
         has_dropout = self.config.dropout > 0  # then the recomputation must draw the same masks
         for block in self.blocks:
@@ -178,7 +193,7 @@ class Decoder(nn.Module, ABC):
                 )
             else:
                 x_BSD = block(x_BSD, packing, rotary)
-        return self.final_norm(x_BSD)
+        return x_BSD
 
     def _embed(self, tokens: Tensor, position: Tensor, cell: Tensor) -> tuple[Tensor, Rotary | None]:
         """Embedded tokens (B, S, D), and the rotary positions of a family that has them."""

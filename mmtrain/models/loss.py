@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtrain.models.signs import Signs
+
 NUM_MODALITIES = 3
 ROWS = 8192  # of the weight's gradient, that are added at a time
 
@@ -27,14 +29,26 @@ class LossSums(NamedTuple):
     by_modality: Tensor
 
 
+class TokenLosses(NamedTuple):
+    """Of each token, without gradient: plain cross entropy in nats and log Z; float32, (N,).
+
+    gradient_norm_N: None, or the length of the gradient of the sum with respect to x, by request.
+    """
+
+    loss_N: Tensor
+    log_z_N: Tensor
+    gradient_norm_N: Tensor | None
+
+
 class Head(nn.Module):
-    """Linear map to the vocabulary, and the loss on it."""
+    """Linear map to the vocabulary, and the loss on it; `watched`: what collects warning signs, if asked for."""
 
     def __init__(self, width: int, vocabulary_size: int, chunk: int, z_loss: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary_size, width))
         self.chunk = chunk
         self.z_loss = z_loss
+        self.watched: Signs | None = None
 
     def forward(
         self,
@@ -47,35 +61,58 @@ class Head(nn.Module):
         if targets_BS is None or weight_BS is None or modality_BS is None:
             return F.linear(x_BSD, self.weight)
         weight_N, modality_N = weight_BS.flatten(), modality_BS.flatten()
-        total, loss_N = linear_cross_entropy(
-            x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), weight_N, self.chunk, self.z_loss
+        total, of_tokens = linear_cross_entropy(
+            x_BSD.flatten(0, 1),
+            self.weight,
+            targets_BS.flatten(),
+            weight_N,
+            self.chunk,
+            self.z_loss,
+            wants_norms=self.watched is not None,
         )
         # Not index_add_, whose sum on CUDA differs from run to run.
         counted_3N = (modality_N == torch.arange(NUM_MODALITIES, device=x_BSD.device)[:, None]) & (weight_N > 0)
-        by_modality = torch.stack([(loss_N * counted_3N).sum(1), counted_3N.sum(1)], dim=1)
+        by_modality = torch.stack([(of_tokens.loss_N * counted_3N).sum(1), counted_3N.sum(1)], dim=1)
+        if self.watched is not None and of_tokens.gradient_norm_N is not None:
+            self.watched.add_loss(of_tokens.log_z_N, of_tokens.gradient_norm_N, counted_3N)
         return LossSums(total, by_modality)
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    weight_N: Tensor,
+    chunk: int,
+    z_loss: float = 0.0,
+    *,
+    wants_norms: bool = False,
+) -> tuple[Tensor, TokenLosses]:
     """Sum of weight x (cross entropy + z_loss log^2 Z) of the logits x W^T, to differentiate by x and W.
 
     targets_N: int64; weight_N: float32, may be 0; chunk: most tokens whose logits exist at a time.
     Products are computed in the type of autocast, else of x; logits, losses and sums over chunks in float32.
-    Returns the sum, and the plain cross entropy in nats of each token (N,) without gradient.
+    Returns the sum, and what there is of each token without gradient.
     Raises RuntimeError for a target outside the vocabulary (on CUDA the device stops the program).
     """
     if not torch.is_grad_enabled():
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()  # or the gradients would be computed all the same
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, weight_N, chunk, z_loss)
+    total, *of_tokens = _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, weight_N, chunk, z_loss, wants_norms)
+    return total, TokenLosses(*of_tokens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int, z_loss: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        chunk: int,
+        z_loss: float,
+        wants_norms: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         num_tokens, num_ids = x_ND.shape[0], weight_VD.shape[0]
         dtype = _compute_dtype(x_ND)
@@ -122,15 +159,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_x_ND is None else grad_x_ND.to(x_ND.dtype),
             None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
         )
-        ctx.mark_non_differentiable(loss_N)
+        norm_N = None
+        if wants_norms and grad_x_ND is not None:
+            norm_N = torch.linalg.vector_norm(grad_x_ND, dim=1, dtype=exact)
+        ctx.mark_non_differentiable(*(found_N for found_N in (loss_N, log_z_N, norm_N) if found_N is not None))
         objective_N = loss_N + z_loss * log_z_N.square() if z_loss else loss_N
-        return (objective_N * weight_N).sum(), loss_N
+        return (objective_N * weight_N).sum(), loss_N, log_z_N, norm_N
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # In place: torch refuses a second backward pass through the same loss instead of scaling twice.
         grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ secret may reach a file, the console or a server.
 """
 
 from mmtrain.track.console import Console, closing_box
+from mmtrain.track.goodput import Goodput, end_segment, goodput, start_segment
 from mmtrain.track.metrics import MetricsWriter, read_metrics
 from mmtrain.track.report import ReportData, write_report
 from mmtrain.track.secrets import redact
@@ -13,12 +14,16 @@ from mmtrain.track.wandb_sink import WandbSink
 
 __all__ = [
     "Console",
+    "Goodput",
     "MetricsWriter",
     "ReportData",
     "Tracker",
     "WandbSink",
     "closing_box",
+    "end_segment",
+    "goodput",
     "read_metrics",
     "redact",
+    "start_segment",
     "write_report",
 ]

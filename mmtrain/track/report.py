@@ -9,7 +9,9 @@ from mmtrain.config import write_text_atomic
 from mmtrain.documents import Document
 from mmtrain.flops import ComputeRow
 from mmtrain.track import page
+from mmtrain.track.console import duration
 from mmtrain.track.curves import loss_curves
+from mmtrain.track.goodput import Goodput
 from mmtrain.track.page import key_text, large, pairs_table, picture, plot, scientific, table, text, value_text
 
 REPORT_FILE = "report.html"
@@ -46,6 +48,7 @@ class ReportData:
     captions: list[tuple[bytes, str, str]] = field(default_factory=list)  # picture, true and generated caption
     evaluation: dict[str, Any] | None = None
     ledger: dict[str, Any] = field(default_factory=dict)  # contents of ledger.json
+    goodput: Goodput | None = None
     comparison: bytes | None = None  # picture of comparison_figure
     compute: list[ComputeRow] = field(default_factory=list)  # rows of compute_table
     environment: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +66,7 @@ def write_report(run_dir: Path, sections: ReportData) -> Path:
         ("captions", "Image to text", _captions),
         ("evaluation", "Evaluation", _evaluation),
         ("compute", "Compute", _compute),
+        ("goodput", "Goodput", _goodput),
         ("environment", "Environment", _environment),
         ("commands", "How to reproduce it", _commands),
     )
@@ -213,6 +217,35 @@ def _compute_cells(row: ComputeRow) -> list[str]:
     family = text(row.family.replace("_", " "))
     notes = "; ".join(note for note in (row.reservation, row.fid_note) if note)
     return [text(row.name), family, scientific(row.flops), ratio, fid, f'<span class="soft">{text(notes, 240)}</span>']
+
+
+def _goodput(data: ReportData) -> str:
+    account = data.goodput
+    if account is None or account.ratio is None:
+        return ""
+    facts = {
+        "effective training time": f"{account.ratio:.1%}",
+        "time in steps that count": duration(account.productive_seconds),
+        "time since the first start": duration(account.wall_seconds),
+        "interruptions": len(account.interruptions),
+        "steps done twice": account.lost_steps,
+    }
+    parts = [pairs_table(facts.items())]
+    if total := sum(account.sections.values()):
+        rows = [
+            [key_text(name), duration(seconds), f"{seconds / total:.1%}"]
+            for name, seconds in sorted(account.sections.items(), key=lambda item: -item[1])
+        ]
+        parts.append("<h3>Where the time of the steps went</h3>")
+        parts.append(table(("section", "time", "share"), rows, ("", "number", "number")))
+    if account.interruptions:
+        rows = [
+            [text(i.cause, 120), str(i.step), str(i.lost_steps), duration(i.down_seconds)]
+            for i in account.interruptions
+        ]
+        header = ("interruption", "at step", "steps done twice", "down for")
+        parts.append("<h3>Interruptions</h3>" + table(header, rows, ("", "number", "number", "number")))
+    return "".join(parts)
 
 
 def _environment(data: ReportData) -> str:

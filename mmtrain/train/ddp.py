@@ -10,7 +10,7 @@ from mmtrain.config import Config
 from mmtrain.models import LossSums
 from mmtrain.train.distributed import World
 from mmtrain.train.fragments import Fragment, shared_out, whole
-from mmtrain.train.optimizers import MOMENTS, MUON_MOMENTS, SharedMuon, clip_gradients, optimizers
+from mmtrain.train.optimizers import MOMENTS, MUON_MOMENTS, SharedMuon, clip_gradients, optimizers, skip_unless_finite
 
 
 class DdpEngine:
@@ -24,6 +24,19 @@ class DdpEngine:
         self.parameters = dict(model.named_parameters())
         self.micro_step = 0
 
+    def effective(self) -> dict[str, Any]:
+        parameter = next(iter(self.parameters.values()))
+        return {
+            "wrapper": type(self.model).__name__,
+            "world": self.world.size,
+            "accumulation_steps": self.accumulation,
+            "clip": self.clip,
+            "parameters": str(parameter.dtype).removeprefix("torch."),
+            "products": "bfloat16" if self.autocast else "float32",
+            "device": parameter.device.type,
+            "updates": [type(o).__name__ + (", fused" if o.defaults.get("fused") else "") for o in self.optimizers],
+        }
+
     def forward(self, batch: dict[str, Tensor]) -> LossSums:
         # DDP learns in the forward pass whether the next backward will reduce.
         with self._local_unless_last(), torch.autocast(self.world.device.type, torch.bfloat16, self.autocast):
@@ -36,12 +49,11 @@ class DdpEngine:
 
     def step(self, lr: float) -> Tensor | float | None:
         norm = clip_gradients(self.parameters, self.clip)
-        finite = torch.isfinite(norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if finite:
-                optimizer.step()
+            skip_unless_finite(optimizer, norm)
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.micro_step = 0
         return norm

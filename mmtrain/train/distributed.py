@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """Between the hosts (gloo), for what must not wait for the devices."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -28,17 +31,20 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
-def start_world() -> World:
-    """Join the process group that the launcher's environment describes; a lone process is a world of one."""
+def start_world(timeout: timedelta | None = None) -> World:
+    """Join the process group that the launcher's environment describes; a lone process is a world of one.
+
+    timeout: of a collective; default: torch's.
+    """
     rank, size, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -49,8 +55,8 @@ def start_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    return World(rank, size, device)
+        dist.init_process_group("gloo", timeout=timeout)
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=timeout))

@@ -4,7 +4,7 @@ The state of an engine is a list of fragments (`train.fragments`), so that a che
 world sizes.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -19,6 +19,10 @@ from mmtrain.train.zero import DeepSpeedEngine
 class Engine(Protocol):
     """What the loop needs of a training backend."""
 
+    def effective(self) -> dict[str, Any]:
+        """What the backend really does, JSON-able; DeepSpeed's settings are those that it parsed."""
+        ...
+
     def forward(self, batch: dict[str, Tensor]) -> LossSums:
         """Loss sums of a micro-batch."""
         ...
@@ -28,7 +32,10 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor | float | None:
-        """Reduce, clip, update; returns the gradient norm before clipping (None when unknown)."""
+        """Reduce, clip, update; returns the gradient norm before clipping (None when unknown).
+
+        A norm that is not finite: this update was skipped on all ranks; parameters and moments are as before.
+        """
         ...
 
     def set_training(self, is_training: bool) -> None:

@@ -8,18 +8,26 @@ from typing import Any, cast
 
 import torch
 
-from mmtrain.config import Config, fingerprint
+from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.config.randomness import random_stream
 from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
-from mmtrain.models import document_starts
+from mmtrain.models import Decoder, document_starts
+from mmtrain.models.signs import describe_signs
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
 from mmtrain.track import Tracker
-from mmtrain.train.checkpoint import Checkpoint, fill, save_checkpoint
+from mmtrain.train.checkpoint import Checkpoint, fill, latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import Engine
+from mmtrain.train.health import Health, SpikeDetector
+from mmtrain.train.saving import Saver
 from mmtrain.train.schedule import learning_rate
+from mmtrain.train.sections import ALONE, Sections, stragglers
+from mmtrain.train.stopping import Stopping
+from mmtrain.train.watchdog import Watchdog
 from mmtrain.train.window import Totals, Window
+
+SLOW_WINDOWS = 3  # log rows in a row for which a rank must be slow: one is chance
 
 
 @dataclass
@@ -30,10 +38,17 @@ class Run:
     folder: Path
     world: World
     vocabulary: Vocabulary
+    model: Decoder
     engine: Engine
     stream: Stream
     validation: list[tuple[Batch, BatchCounts]]
     ledger: Ledger
+    saver: Saver
+    health: Health
+    detector: SpikeDetector
+    sections: Sections
+    watchdog: Watchdog
+    stopping: Stopping
     tracker: Tracker | None
     run_id: str
     accumulation: int
@@ -43,52 +58,181 @@ class Run:
     tokens: int = 0
     weights: str = ""
     """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
+    slow_windows: dict[tuple[int, str], int] = field(default_factory=dict)
+    """For how many log rows in a row a rank has been slow in a section."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers that do not change; they are in the first row that is logged."""
 
+    def say(self, sentence: str) -> None:
+        """Tell the user, once for all ranks."""
+        if self.tracker:
+            self.tracker.say(sentence)
+
 
 def train(run: Run) -> dict[str, Any]:
-    """Train from `run.step` to the configured number of steps; returns the last log row."""
+    """Train from `run.step` to the configured number of steps, or until all ranks agree to stop.
+
+    The last state is in a checkpoint then. Returns the last log row. Raises UserError when that checkpoint could not
+    be written, or when training makes no progress any more (`health`).
+    """
     config, world = run.config, run.world
     steps = config.train.steps
     peak = device_peak(config, world)
-    if run.tracker and world.device.type == "cpu" and peak:
-        run.tracker.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
+    if world.device.type == "cpu" and peak:
+        run.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
+    row: dict[str, Any] = {}
+    with run.stopping.listening():
+        if config.train.dry_run and run.step < steps:
+            dry_run(run)
+        while run.step < steps and not run.stopping.reason:
+            batch_index = run.health.skips.batch_index
+            wanted = range(batch_index(run.step), batch_index(steps - 1) + 1)
+            with prefetch(run.stream, wanted, world.rank, world.size) as batches:
+                row = advance(run, batches, peak)
+    with run.sections("checkpoint"):
+        failure = run.saver.wait()
+    for sentence in run.saver.poll():
+        run.say(sentence)
+    if failure:
+        raise UserError(failure)
+    return row
+
+
+def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
+    """Train until the last step, a stop, or a roll-back, which makes `run.step` smaller; returns the last log row."""
+    config, sections = run.config, run.sections
+    steps = config.train.steps
     window = new_window(run)
     row: dict[str, Any] = {}
-    with prefetch(run.stream, range(run.step, steps), world.rank, world.size) as batches:
-        for step in range(run.step, steps):
-            started = time.perf_counter()
-            _, batch, counts = next(batches)
-            window.add_step(counts, time.perf_counter() - started)
-            inputs = model_inputs(batch, run.vocabulary, world.device, config.model.attention)
-            weight = world.sum(inputs["loss_weight"].sum())
-            for number, micro in enumerate(split_batch(inputs, run.accumulation)):
-                if config.model.dropout:
-                    seed_dropout(config.seed, step, world.rank, number)
-                sums = run.engine.forward(micro)
-                run.engine.backward(sums.total, weight)
-                window.add_loss(sums)
-            rate = learning_rate(step, steps, config.optim)
+    for step in range(run.step, steps):
+        run.stopping.ask()
+        run.watchdog.start_step(step + 1)
+        started = time.perf_counter()
+        with sections("data"):
+            index, batch, counts = next(batches)
+        window.add_step(counts, time.perf_counter() - started)
+        is_logged = due(step + 1, config.track.log_every, steps)
+        run.model.watch(is_logged and config.health.signs)
+        loss = forward_backward(run, batch, index, window)
+        rate = learning_rate(step, steps, config.optim)
+        with sections("step"):
             norm = run.engine.step(rate)
-            run.step = step + 1
+        run.step = step + 1
+        run.health.observe(run.step, loss, norm, run.detector.is_spike)
 
-            saving = due(run.step, config.train.checkpoint_every, steps)
-            row = {}
-            if due(run.step, config.track.log_every, steps) or saving:
-                totals = window.reduce()
-                row = book_and_describe(run, totals, peak) | {"lr": rate, "grad_norm": as_float(norm)} | run.facts
-                run.facts = {}
-            if due(run.step, config.train.evaluate_every, steps):
-                paused = time.perf_counter()
+        is_last = run.stopping.agreed()
+        saving = is_last or due(run.step, config.train.checkpoint_every, steps)
+        if saving:
+            run.health.settle()  # no step is saved before it is known to be sound
+        verdict = run.health.verdict()
+        for sentence in [*verdict.sentences, *run.saver.poll()]:
+            run.say(sentence)
+        row = {}
+        if is_logged or saving:
+            row = book_and_describe(run, window.reduce(), peak) | watched(run)
+            row |= {"lr": rate, "grad_norm": as_float(norm)} | run.facts
+            run.facts = {}
+        if verdict.stop:
+            raise UserError(verdict.stop)
+        if verdict.rollback and roll_back(run, batches, verdict.rollback):
+            return row
+        if due(run.step, config.train.evaluate_every, steps) and not is_last:
+            paused = time.perf_counter()
+            with sections("evaluate"):
                 row |= evaluate(run)
-                window.started += time.perf_counter() - paused  # tokens/s and MFU are those of training
-            if row and run.tracker:
-                run.tracker.log(run.step, row)
-                run.ledger.save(run.folder / "ledger.json")
-            if saving:
-                save(run, batches)
-                window.started = time.perf_counter()
+            window.started += time.perf_counter() - paused  # tokens/s and MFU are those of training
+            saving = saving or bool(run.stopping.reason)
+        if row and run.tracker:
+            run.tracker.log(run.step, row)
+            run.ledger.save(run.folder / "ledger.json")
+        if saving:
+            with sections("checkpoint"):
+                save(run, stream_state(run, batches))
+            window.started = time.perf_counter()
+        if run.stopping.reason:
+            break
+    return row
+
+
+def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, poison: bool = False) -> torch.Tensor:
+    """Accumulate the gradient of a batch on all ranks; returns its mean loss over all ranks, on the device.
+
+    index: of the batch, for dropout. A spike is left out of the update where `health.spike` says so; poison: the
+    update will be left out, whatever the loss (a NaN in the gradient changes nothing, in every engine).
+    """
+    config, world = run.config, run.world
+    inputs = model_inputs(batch, run.vocabulary, world.device, config.model.attention)
+    with run.sections("reduce"):
+        weight = world.sum(inputs["loss_weight"].sum())
+    loss = torch.zeros((), dtype=torch.float32, device=world.device)
+    for number, micro in enumerate(split_batch(inputs, run.accumulation)):
+        if config.model.dropout:
+            seed_dropout(config.seed, index, world.rank, number)
+        with run.sections("forward"):
+            sums = run.engine.forward(micro)
+        loss += sums.total.detach() / weight
+        total = sums.total
+        if poison:
+            total = total * float("nan")
+        elif number == run.accumulation - 1:
+            with run.sections("reduce"):
+                factor = run.detector.judge(world.sum(loss))
+            if config.health.spike == "skip":
+                total = total * factor
+        with run.sections("backward"):
+            run.engine.backward(total, weight)
+        if window:
+            window.add_loss(sums)
+    return loss
+
+
+def dry_run(run: Run) -> None:
+    """One step that changes nothing: what lacks memory or a kernel fails now and not in an hour."""
+    forward_backward(run, run.validation[0][0], 0, None, poison=True)
+    run.engine.step(0.0)
+
+
+def roll_back(run: Run, batches: Batches, spike: int) -> bool:
+    """Go back to the newest checkpoint before step `spike`, and on with the data after it; False when there is none.
+
+    Training since then is booked as repeated. The checkpoint is written again with what is left out, so that a crash
+    does not bring it back. All ranks come here together.
+    """
+    with run.sections("checkpoint"):
+        run.saver.wait()
+        checkpoint, _ = latest_checkpoint(run.folder / "checkpoints", run.world)
+        if checkpoint is None or checkpoint.step >= spike:
+            run.say(f"there is no checkpoint before step {spike} to go back to; going on")
+            return False
+        stream, spent = stream_state(run, batches), run.ledger.state()
+        health, detector = run.health.state(), run.detector.state()
+        skips = run.health.skips.back(checkpoint.step, run.step)
+        restore(run, checkpoint)
+        run.stream.load(stream)
+        run.ledger.repeat(spent)
+        run.health.load(health)
+        run.health.skips = skips
+        run.detector.load(detector)
+        save(run, stream)
+    run.say(f"back at step {run.step} after the spike at step {spike}; the batches since then are left out")
+    return True
+
+
+def watched(run: Run) -> dict[str, Any]:
+    """Numbers of `health` for the log, and a sentence for every rank that is slow; all ranks must call."""
+    by_rank = run.world.gather(run.sections.take())
+    e, factor = run.config.engine, run.config.health.straggler_factor
+    alone = ("data",) if e.kind == "deepspeed" and e.stage == 3 else ALONE
+    slow = {(s.rank, s.section): s for s in stragglers(by_rank, factor, alone)}
+    run.slow_windows = {place: run.slow_windows.get(place, 0) + 1 for place in slow}
+    for place, windows in run.slow_windows.items():
+        if windows == SLOW_WINDOWS:
+            run.say(str(slow[place]))
+    mean = {name: sum(row.get(name, 0.0) for row in by_rank) / len(by_rank) for name in by_rank[0]}
+    row = {f"seconds/{name}": seconds for name, seconds in mean.items()} | run.health.row()
+    signs = run.model.take_signs()
+    if signs is not None and signs.sums is not None:
+        row |= describe_signs(run.world.sum(signs.sums))
     return row
 
 
@@ -169,46 +313,57 @@ def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
-    """Losses on the validation batches, which are the same at every call."""
+    """Losses on the validation batches, which are the same at every call; nothing when a stop came in between."""
     window = new_window(run)
     run.engine.set_training(False)
     for batch, counts in run.validation:
+        run.stopping.ask()
         window.add_step(counts)
         inputs = model_inputs(batch, run.vocabulary, run.world.device, run.config.model.attention)
         window.add_loss(run.engine.forward(inputs))
+        if run.stopping.agreed():
+            break
     run.engine.set_training(True)
     totals = window.reduce()
     run.ledger.book("evaluation", totals.flops.model_causal // 3)
-    return totals.losses("val_")
+    return {} if run.stopping.reason else totals.losses("val_")
 
 
-def save(run: Run, batches: Batches) -> None:
-    """Write a checkpoint of this step; all ranks take part."""
-    lanes = run.world.gather(batches.state(run.step - 1))
+def stream_state(run: Run, batches: Batches) -> dict[str, Any]:
+    """The stream's state behind the last step, of all lanes; all ranks must call."""
+    return merge_states(run.world.gather(batches.state(run.health.skips.batch_index(run.step - 1))))
+
+
+def save(run: Run, stream: dict[str, Any]) -> None:
+    """Write a checkpoint of this step; all ranks take part. stream: where to go on (`stream_state`)."""
     state = {
         "step": run.step,
         "updates": run.engine.updates(),
         "tokens": run.tokens,
-        "stream": merge_states(lanes),
+        "stream": stream,
+        "health": run.health.state(),
+        "spikes": run.detector.state(),
         "ledger": run.ledger.state(),
         "vocabulary": run.vocabulary.fingerprint,
         "model": fingerprint(run.config.model),
         "weights": run.weights,
         "run_id": run.run_id,
     }
-    folder, keep = run.folder / "checkpoints", run.config.train.keep_checkpoints
-    save_checkpoint(folder, run.engine.owned(), run.shapes, state, run.world, keep)
+    run.saver.save(run.engine.owned(), run.shapes, state)
     if run.world.rank == 0:
         run.ledger.save(run.folder / "ledger.json")
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Continue from a checkpoint of this run, of any world size and ZeRO stage."""
-    run.step, run.tokens = checkpoint.step, int(checkpoint.state["tokens"])
+    state = checkpoint.state
+    run.step, run.tokens = checkpoint.step, int(state["tokens"])
     fill(checkpoint, run.engine.held())
-    run.engine.restored(int(checkpoint.state["updates"]))
-    run.stream.load(checkpoint.state["stream"])
-    run.ledger.load(checkpoint.state["ledger"])
+    run.engine.restored(int(state["updates"]))
+    run.stream.load(state["stream"])
+    run.health.load(state["health"])
+    run.detector.load(state["spikes"])
+    run.ledger.load(state["ledger"])
 
 
 def device_peak(config: Config, world: World) -> float | None:

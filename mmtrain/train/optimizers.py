@@ -22,10 +22,14 @@ def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> lis
 
 
 def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
-    """AdamW with this run's settings; the loop sets the learning rate before each step."""
+    """AdamW with this run's settings; the loop sets the learning rate before each step.
+
+    Fused, one pass over memory, on a GPU and for what is offloaded to host memory.
+    """
     o = config.optim
     groups = parameter_groups(parameters, o.weight_decay)
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=torch.cuda.is_available())
+    fused = torch.cuda.is_available() or config.engine.offload_optimizer
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
 
 class SharedMuon(torch.optim.Muon):
@@ -80,3 +84,15 @@ def optimizers(model: nn.Module, config: Config, world: World) -> list[torch.opt
 def clip_gradients(parameters: dict[str, Tensor], clip: float) -> Tensor:
     """Scale the gradients down to the norm `clip` (0: never); returns their norm before."""
     return nn.utils.clip_grad_norm_(parameters.values(), clip if clip > 0 else float("inf"))
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Make the next step of `optimizer` change nothing if the gradient norm is not finite.
+
+    A fused optimizer is told by a flag on the device, as torch's GradScaler does, so that nobody waits for it. From
+    others the gradients are taken away, without which torch leaves a parameter alone.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+    elif not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mmtrain.config import Config, UserError
+from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
 from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
@@ -25,13 +26,21 @@ from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
-from mmtrain.track import Tracker
+from mmtrain.track import Tracker, end_segment, start_segment
+from mmtrain.train.agreement import check_ranks
 from mmtrain.train.checkpoint import check_tensors, latest_checkpoint
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
+from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.launch import check_batch
 from mmtrain.train.loop import Run, restore, train
+from mmtrain.train.memory import available_bytes, choose_stage, is_out_of_memory, out_of_memory
 from mmtrain.train.run import Artifacts
+from mmtrain.train.saving import Saver
+from mmtrain.train.sections import Sections
+from mmtrain.train.status import write_status
+from mmtrain.train.stopping import Stopping
+from mmtrain.train.watchdog import Watchdog, process_group_timeout, section_limits
 
 OTHERS_WAIT_SECONDS = 3.0
 
@@ -45,28 +54,64 @@ def main() -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that newer versions of torch deprecate, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    world = start_world()
+    config = load_frozen(folder / "config.yaml")
+    watchdog = Watchdog(folder / "logs", int(os.environ.get("RANK", 0)), section_limits(config.health))
+    world = start_world(process_group_timeout(config.health))
     run = None
     code = 1
     try:
         with claim(folder) if world.rank == 0 else contextlib.nullcontext():
-            run = build_run(folder, load_frozen(folder / "config.yaml"), world)
+            check_ranks(world, folder)
+            run = build_run(folder, config, world, watchdog)
             train(run)
             code = 0
     except UserError as error:
         if os.environ.get("MMTRAIN_DEBUG"):
             raise
-        # What concerns all ranks is said by the first, whose end ends the others; what concerns one, by that one.
-        if world.rank:
-            time.sleep(OTHERS_WAIT_SECONDS)
-        print(f"mmtrain: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = complain(world, str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
+            raise
+        code = complain(world, explain_memory(error, folder, config, world))
     finally:
+        watchdog.pause()
+        record_end(folder, world, run, code)
         if run and run.tracker:
             run.tracker.close(code)
+        watchdog.close()
     if code == 0:
         torch.distributed.destroy_process_group()
     return code
+
+
+def complain(world: World, sentence: str) -> int:
+    """Say why training cannot go on; returns the exit code."""
+    # What concerns all ranks is said by the first, whose end ends the others; what concerns one, by that one.
+    if world.rank:
+        time.sleep(OTHERS_WAIT_SECONDS)
+    print(f"mmtrain: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+def explain_memory(error: BaseException, folder: Path, config: Config, world: World) -> str:
+    """What needs the memory that was not there, and what to change."""
+    e, artifacts = config.engine, Artifacts.load(folder)
+    vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
+    stage = None if e.kind == "ddp" else e.stage
+    offload = e.offload_optimizer, e.offload_parameters
+    positions = num_positions(config)
+    return out_of_memory(error, config, vocabulary.size, positions, world.size, stage, *offload, world.device.type)
+
+
+def record_end(folder: Path, world: World, run: Run | None, code: int) -> None:
+    """Write status.json and end the segment of goodput, on rank 0."""
+    if world.rank or run is None:
+        return
+    state = "failed" if code else "stopped" if run.stopping.reason else "finished"
+    reason = run.stopping.reason or ("" if code == 0 else f"exit code {code}")
+    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+        write_status(folder, state, run.step, reason)
+        end_segment(folder, run.step, reason or state)
 
 
 @contextlib.contextmanager
@@ -80,13 +125,13 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_run(folder: Path, config: Config, world: World) -> Run:
+def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) -> Run:
     """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
     check_batch(config, world.size)
     check_attention(config.model.attention, world.device)
     artifacts = Artifacts.load(folder)
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
-    checkpoint, complaints = latest_checkpoint(folder / "checkpoints")
+    checkpoint, complaints = latest_checkpoint(folder / "checkpoints", world)
     for complaint in complaints if world.rank == 0 else []:
         print(f"mmtrain: {complaint}; continuing from {checkpoint.path if checkpoint else 0}", file=sys.stderr)
     if checkpoint and checkpoint.state["vocabulary"] != vocabulary.fingerprint:
@@ -96,6 +141,13 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
         )
 
     positions = num_positions(config)
+    if config.engine.stage == "auto":
+        e, room = config.engine, available_bytes(world)
+        offload = e.offload_optimizer, e.offload_parameters
+        sizes = vocabulary.size, positions, world.size
+        e.stage, why = choose_stage(config, *sizes, room, *offload, world.device.type)
+        if world.rank == 0:
+            print(f"engine.stage=auto: {why}")
     model = build_model(config.model, vocabulary.size, positions)
     model.initialize(config.seed)
     weights = ""
@@ -109,15 +161,24 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     share = config.stream.global_batch // world.size
     accumulation = share // config.engine.micro_batch if config.engine.micro_batch else 1
+    c = config.train
+    engine = build_engine(model.to(world.device), config, world, accumulation)
     run = Run(
         config=config,
         folder=folder,
         world=world,
         vocabulary=vocabulary,
-        engine=build_engine(model.to(world.device), config, world, accumulation),
+        model=model,
+        engine=engine,
         stream=open_stream(config, artifacts, vocabulary, "train"),
         validation=[],
         ledger=Ledger(),
+        saver=Saver(folder / "checkpoints", world, c.keep_checkpoints, c.keep_every, c.async_checkpoint),
+        health=Health(config.health, world.device),
+        detector=SpikeDetector(config.health.spike_window, config.health.spike_sigma, world.device),
+        sections=Sections(world.device, watchdog.enter),
+        watchdog=watchdog,
+        stopping=Stopping(folder, world),
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
@@ -137,6 +198,9 @@ def build_run(folder: Path, config: Config, world: World) -> Run:
     if world.rank == 0:
         repeated = run.ledger.recover(folder / "ledger.json")
         announce(run, count_parameters(config.model, vocabulary.size, positions), repeated)
+        write_text_atomic(folder / "engine.json", json.dumps(engine.effective(), indent=1) + "\n")
+        write_status(folder, "running", run.step, "")
+        start_segment(folder, run.step, world.size)
         run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
     return run
 

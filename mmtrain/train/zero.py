@@ -1,10 +1,8 @@
-"""DeepSpeed ZeRO, stage 0 to 3, behind the interface of `Engine`.
-
-Every setting that has changed its default, or has shipped a silent fault, is written explicitly.
-"""
+"""DeepSpeed ZeRO, stage 0 to 3 with offload to host memory, behind the interface of `Engine`."""
 
 import contextlib
 import io
+import math
 from typing import Any
 
 import torch
@@ -15,38 +13,15 @@ from mmtrain.config import Config
 from mmtrain.models import LossSums
 from mmtrain.train.distributed import World
 from mmtrain.train.fragments import Fragment, shared_out, whole
-from mmtrain.train.optimizers import MOMENTS, adamw, clip_gradients
-
-
-def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, every setting that matters explicit."""
-    bf16 = config.engine.dtype == "bf16"
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # At stage 0 we clip: DeepSpeed does not tell the norm there, and fails where a step has no gradients.
-        "gradient_clipping": config.optim.clip if config.engine.stage else 0.0,
-        "prescale_gradients": False,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": config.engine.stage,
-            "overlap_comm": False,
-            "reduce_scatter": True,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-        "checkpoint": {"tag_validation": "Fail"},
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
-    }
+from mmtrain.train.optimizers import MOMENTS, adamw, clip_gradients, skip_unless_finite
+from mmtrain.train.zero_config import check_effective, deepspeed_config, expected, read_back
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 0 to 3."""
+    """ZeRO stage 0 to 3, an int.
+
+    Raises UserError where DeepSpeed made something else of a setting than was asked.
+    """
 
     def __init__(self, model: nn.Module, config: Config, world: World, accumulation: int):
         import deepspeed  # noqa: PLC0415  (slow to import)
@@ -55,16 +30,20 @@ class DeepSpeedEngine:
         # behind its lock file when that compilation was once killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.world, self.clip = world, config.optim.clip
-        micro_batch = config.stream.global_batch // world.size // accumulation
+        asked = deepspeed_config(config, config.stream.global_batch // world.size // accumulation, accumulation)
         # It prints its memory at every stage of the set-up, whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=adamw(list(model.parameters()), config),
-                config=deepspeed_config(config, micro_batch, accumulation),
+                config=asked,
                 dist_init_required=False,
             )
         self.parameters = dict(self.engine.module.named_parameters())
+        check_effective(expected(asked, config), self.effective())
+
+    def effective(self) -> dict[str, Any]:
+        return read_back(self.engine, self._inner(), self._flat_masters())
 
     def forward(self, batch: dict[str, Tensor]) -> LossSums:
         return self.engine(**batch)
@@ -81,11 +60,16 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if not self._plain():
             self.engine.step()
-            return self.engine.get_global_grad_norm()
-        # Stage 0 knows no overflow check: without gradients the update changes nothing.
+            if not self.optimizer.overflow:
+                return self.engine.get_global_grad_norm()
+            # Here stage 3 still tells the norm of the step before, and stages 1 and 2 with offload in bf16 keep the
+            # gradients, so that no later update would ever be finite (0.19.8).
+            for group in getattr(self.optimizer, "averaged_gradients", {}):
+                self.optimizer.averaged_gradients[group] = None
+            return math.nan
+        # Stage 0 knows no overflow check.
         norm = clip_gradients(self.parameters, self.clip)
-        if not torch.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
+        skip_unless_finite(self.optimizer, norm)
         self.engine.step()
         return norm
 
@@ -175,5 +159,7 @@ class DeepSpeedEngine:
                 allgather_bucket_size=zero.allgather_bucket_size,
             )
         elif not self._plain():
+            # The small parameters that stay gathered between steps would keep their old values.
+            self.optimizer._partition_all_parameters()
             for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)

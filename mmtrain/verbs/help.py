@@ -12,6 +12,7 @@ VERBS: dict[str, str] = {
     "import": "read a Hugging Face folder of OPT, Llama or Chameleon, to train from it",
     "flops": "compute of published models, of a configuration, of a run",
     "report": "write report.html of a run",
+    "checkpoint": "list, verify, prune and compare the checkpoints of a run",
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
@@ -181,6 +182,24 @@ published models, and the commands that reproduce it. The run is chosen as with 
 
 Example
   mmtrain report run=runs/quickstart
+""",
+    "checkpoint": """\
+mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]
+
+ls      lists the checkpoints of a run: step, time, size, ranks that wrote it, kept for good, complete.
+verify  compares every byte with what was written, names every bad file; exit code 1 if there is one.
+prune   removes all but the newest N, says what it frees; dry: only says so. What train.keep_every keeps for good
+        stays, and the newest that is sound, and what is damaged.
+diff    compares two checkpoints, whatever engine, ZeRO stage and number of ranks wrote them: what differs in the
+        state, the largest differences by kind of tensor, the worst parameters; exit code 0 when all is equal bit for
+        bit, 1 when not.
+
+A CHECKPOINT is a step, the name of a folder under checkpoints/, or any path. The run is chosen as with
+`mmtrain generate`.
+
+Example
+  mmtrain checkpoint ls run=runs/quickstart
+  mmtrain checkpoint diff 200 runs/other/checkpoints/step-00000200 run=runs/quickstart
 """,
     "export": """\
 mmtrain export out=FOLDER [run=FOLDER|name=NAME] [dtype=float32|bf16] [shard_bytes=5000000000] [settings]

@@ -13,7 +13,7 @@ from mmtrain.flops import OwnRun, comparison_figure, compute_table
 from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import DocumentShards
-from mmtrain.track import ReportData, closing_box, read_metrics, write_report
+from mmtrain.track import ReportData, closing_box, goodput, read_metrics, write_report
 from mmtrain.verbs.data import describe, left_out
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
@@ -53,6 +53,7 @@ def collect(run: TrainedRun) -> ReportData:
         captions=captions,
         evaluation=evaluation(run),
         ledger=ledger,
+        goodput=goodput(run.folder),
         comparison=comparison,
         compute=compute_table(own),
         environment=json.loads((run.folder / "environment.json").read_text()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose
 from mmtrain.track import closing_box
-from mmtrain.train.checkpoint import latest_checkpoint
+from mmtrain.train.checkpoint import newest
 from mmtrain.train.launch import check_batch, num_ranks
 from mmtrain.train.run import check_run, open_run
 from mmtrain.train.status import read_status
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if prepare_only:
         print(run_dir.resolve())
         return 0
-    finished, _ = latest_checkpoint(run_dir / "checkpoints")
+    finished = newest(run_dir / "checkpoints")
     if finished is None or finished.step < config.train.steps:
         cause = supervise(run_dir, config)
         if cause != FINISHED:

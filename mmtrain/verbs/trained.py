@@ -22,7 +22,7 @@ from mmtrain.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, lo
 from mmtrain.train.run import LAST, Artifacts
 from mmtrain.verbs.progress import Bar
 
-__all__ = ["TrainedRun", "open_trained", "show_progress"]
+__all__ = ["TrainedRun", "find_run", "open_trained", "show_progress"]
 
 
 @dataclass
@@ -117,7 +117,14 @@ class TrainedRun:
 
 
 def open_trained(argv: list[str]) -> TrainedRun:
-    """The run that run=FOLDER, experiment=NAME or name=NAME names, or the last one that was trained."""
+    """The run that `find_run` finds, with the other words of the command as settings."""
+    folder, rest = find_run(argv)
+    config = with_overrides(load_frozen(folder / "config.yaml"), rest)
+    return TrainedRun(folder, config, Artifacts.load(folder))
+
+
+def find_run(argv: list[str]) -> tuple[Path, list[str]]:
+    """The folder that run=FOLDER, experiment=NAME or name=NAME names, or the last that was trained; the other words."""
     keys = {argument.partition("=")[0]: argument.partition("=")[2] for argument in argv if "=" in argument}
     if "experiment" in keys or "name" in keys:
         config = compose(argv)
@@ -129,8 +136,7 @@ def open_trained(argv: list[str]) -> TrainedRun:
         rest = [a for a in argv if a.partition("=")[0] not in ("root", "run")]
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run directory (config.yaml is missing); give run=FOLDER of a training run")
-    config = with_overrides(load_frozen(folder / "config.yaml"), rest)
-    return TrainedRun(folder, config, Artifacts.load(folder))
+    return folder, rest
 
 
 def _last(root: Path) -> Path:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, environment, mmtrain
 
 pytestmark = pytest.mark.slow
+FILES = ("tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors")
 RANK_KILLED_AT = CHECKPOINT_EVERY + 5
 GROUP_KILLED_AT = 2 * CHECKPOINT_EVERY + 5
 MEASURED = re.compile(r"time|.*seconds|tokens_per_second|mfu_.*|hfu")
@@ -116,13 +117,13 @@ def killed(smoke: Smoke, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     second = rows(run)[-1]["step"]
 
     damaged = sorted((run / "checkpoints").glob("step-*"))[-1]
-    with open(damaged / "model.safetensors", "r+b") as file:
+    with open(damaged / FILES[1], "r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"???")
     # What a kill in the middle of a checkpoint leaves behind.
     half = run / "checkpoints" / f".step-{STEPS:08d}.0badcafe.partial"
     half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
+    (half / FILES[0]).write_bytes(b"half")
 
     resumed = mmtrain("train", *SETTINGS, "name=killed", cwd=folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -145,7 +146,7 @@ def test_it_ends_with_the_losses_of_an_uninterrupted_run_bit_for_bit(killed: Kil
         assert last_of_step(killed.run, step) == last_of_step(smoke.run, step)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_it_ends_with_the_tensors_of_an_uninterrupted_run(name: str, killed: Killed, smoke: Smoke) -> None:
     last = Path("checkpoints", f"step-{STEPS:08d}", name)
     found, expected = load_file(killed.run / last), load_file(smoke.run / last)
@@ -155,7 +156,7 @@ def test_it_ends_with_the_tensors_of_an_uninterrupted_run(name: str, killed: Kil
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(killed: Killed) -> None:
     complaint = next(line for line in killed.resumed.stderr.splitlines() if killed.damaged.name in line)
-    assert "model.safetensors is not what its manifest says" in complaint
+    assert f"{FILES[1]} is not what its manifest says" in complaint
     before = int(killed.damaged.name.removeprefix("step-")) - CHECKPOINT_EVERY
     assert f"resuming at step {before} of {STEPS}" in killed.resumed.stdout
 

@@ -33,8 +33,8 @@ def chunked(
     x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int, z_loss: float = 0.0
 ) -> list[Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    total, loss = linear_cross_entropy(x, weight, targets, weights, chunk, z_loss)
-    return [total, loss, *torch.autograd.grad(total, (x, weight))]
+    total, of_tokens = linear_cross_entropy(x, weight, targets, weights, chunk, z_loss)
+    return [total, of_tokens.loss_N, *torch.autograd.grad(total, (x, weight))]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

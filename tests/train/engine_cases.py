@@ -5,16 +5,18 @@
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtrain.config import Config
+from mmtrain.config import Config, UserError
 from mmtrain.models import Decoder, build_model
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import Engine, build_engine
@@ -23,16 +25,22 @@ VOCABULARY, ROWS, LENGTH = 256, 8, 32
 HALF, STEPS = 3, 6
 FP32 = {"ddp": ("ddp", 0, "fp32")} | {f"zero{stage}": ("deepspeed", stage, "fp32") for stage in range(4)}
 BF16 = {"ddp-bf16": ("ddp", 0, "bf16")} | {f"zero{stage}-bf16": ("deepspeed", stage, "bf16") for stage in (1, 2, 3)}
+OFFLOAD = {f"zero{stage}-offload": ("deepspeed", stage, "fp32") for stage in (1, 2, 3)}
+OFFLOAD |= {"zero3-offload-parameters": ("deepspeed", 3, "fp32"), "zero1-offload-bf16": ("deepspeed", 1, "bf16")}
+OFFLOAD |= {"zero3-offload-all-bf16": ("deepspeed", 3, "bf16")}
 MUON = {"ddp-muon": ("ddp", 0, "fp32"), "ddp-muon-bf16": ("ddp", 0, "bf16")}
+ALL = FP32 | BF16 | OFFLOAD | MUON
 State = dict[str, Tensor]
 
 
 def configure(name: str) -> Config:
     """A small model whose gradients are large enough to be clipped at every step."""
-    kind, stage, dtype = (FP32 | BF16 | MUON)[name]
+    kind, stage, dtype = ALL[name]
     config = Config()
     config.optim.kind = "muon" if name in MUON else "adamw"
     config.engine.kind, config.engine.stage, config.engine.dtype = kind, stage, dtype
+    config.engine.offload_optimizer = name in OFFLOAD and name != "zero3-offload-parameters"
+    config.engine.offload_parameters = "offload-parameters" in name or "offload-all" in name
     config.model.layers, config.model.width, config.model.heads = 2, 32, 2
     config.model.init_std, config.model.zero_init_outputs = 0.05, False
     config.stream.global_batch, config.stream.sequence_length = ROWS, LENGTH
@@ -142,23 +150,19 @@ def equal(left: State, right: State) -> bool:
 
 
 def straight_and_resumed(name: str, world: World) -> tuple[dict[str, Any], State]:
-    """Six steps at one go, and three more in a fresh engine from the state after three."""
+    """Six steps at one go; three more in a fresh engine from the state after three; and again in the first engine."""
     engine = new_engine(name, world)
     losses = train(engine, world, 0, HALF)
     state = whole_state(engine, world)
     losses += train(engine, world, HALF, STEPS)
     end = whole_state(engine, world)
-
-    resumed = new_engine(name, world)
-    load(resumed, state, HALF)
-    loaded = whole_state(resumed, world)
-    later = train(resumed, world, HALF, STEPS)
-    later_end = whole_state(resumed, world)
-    facts = {
-        "losses": losses,
-        "loads_what_it_saved": equal(state, loaded),
-        "resumes_exactly": later == losses[HALF:] and equal(end, later_end),
-    }
+    facts: dict[str, Any] = {"losses": losses, "effective": engine.effective()}
+    for key, again in (("fresh", new_engine(name, world)), ("rolled_back", engine)):
+        load(again, state, HALF)
+        loaded = whole_state(again, world)
+        later = train(again, world, HALF, STEPS)
+        facts[f"{key}_loads_what_was_saved"] = equal(state, loaded)
+        facts[f"{key}_goes_on_exactly"] = later == losses[HALF:] and equal(end, whole_state(again, world))
     return facts, state
 
 
@@ -168,16 +172,56 @@ def continued(name: str, world: World, state: State) -> list[list[float]]:
     return train(engine, world, HALF, STEPS)
 
 
-def poisoned(name: str, world: World) -> bool:
-    """Whether a step whose gradient is not finite leaves parameters and moments alone."""
-    engine = new_engine(name, world)
-    train(engine, world, 0, 1)
-    before = whole_state(engine, world)
-    inputs = {key: tensor[world.rank :: world.size] for key, tensor in batch(1).items()}
-    engine.backward(engine.forward(inputs).total * float("nan"), torch.tensor(1.0))
-    engine.step(1e-3)
-    after = whole_state(engine, world)
-    return engine.updates() == 1 and equal(before, after)
+def one_step(engine: Engine, world: World, step: int, accumulation: int, factor: float) -> float:
+    """One step whose last micro-batch has its loss multiplied by `factor`; returns the norm."""
+    inputs = {key: tensor[world.rank :: world.size] for key, tensor in batch(step).items()}
+    weight = world.sum(inputs["loss_weight"].sum())
+    for part in range(accumulation):
+        total = engine.forward({key: tensor.chunk(accumulation)[part] for key, tensor in inputs.items()}).total
+        engine.backward(total * (factor if part == accumulation - 1 else 1.0), weight)
+    norm = engine.step(1e-3)
+    return math.nan if norm is None else float(norm)
+
+
+def poisoned(name: str, world: World) -> dict[str, bool]:
+    """Whether bad gradients leave parameters, moments, and what was to be summed up, as they were."""
+    facts = {}
+    bad = {"on all ranks": math.nan, "on one rank": math.nan if world.rank else 1.0, "infinite": math.inf}
+    for accumulation in (1, 4):
+        engine, clean = new_engine(name, world, accumulation), new_engine(name, world, accumulation)
+        one_step(engine, world, 0, accumulation, 1.0)
+        before = whole_state(engine, world)
+        for where, factor in bad.items():
+            norm = one_step(engine, world, 1, accumulation, factor)
+            unchanged = equal(before, whole_state(engine, world)) and engine.updates() == 1
+            facts[f"{where}, {accumulation} micro-batches"] = unchanged and not math.isfinite(norm)
+        one_step(engine, world, 2, accumulation, 1.0)
+        for step in (0, 2):
+            one_step(clean, world, step, accumulation, 1.0)
+        facts[f"forgotten, {accumulation} micro-batches"] = equal(whole_state(clean, world), whole_state(engine, world))
+        norm = one_step(engine, world, 3, accumulation, 1e10)
+        after = whole_state(engine, world)
+        facts[f"huge is clipped, {accumulation} micro-batches"] = (
+            all(t.isfinite().all() for t in after.values()) and 1e6 < norm < math.inf and engine.updates() == 3
+        )
+    return facts
+
+
+def tampered(world: World) -> str:
+    """The complaint about a DeepSpeed that turns a setting around."""
+    import deepspeed  # noqa: PLC0415
+
+    def initialize(config: dict[str, Any], **others: Any) -> Any:
+        changed = config | {"zero_optimization": config["zero_optimization"] | {"overlap_comm": True}}
+        return original(config=changed, **others)
+
+    original = deepspeed.initialize
+    with mock.patch.object(deepspeed, "initialize", initialize):
+        try:
+            new_engine("zero2", world)
+        except UserError as error:
+            return str(error)
+    return ""
 
 
 def main() -> None:
@@ -191,15 +235,16 @@ def main() -> None:
         facts["naive"], facts["naive_muon"] = naive(False), naive(True)
     else:
         states = {}
-        for name in FP32 | BF16 | MUON:
+        for name in ALL:
             facts["straight"][name], states[name] = straight_and_resumed(name, world)
         for name in FP32:
             facts["accumulated"][name] = train(new_engine(name, world, 2), world, 0, STEPS, 2)
         for name in ("zero1", "zero2", "ddp"):
             facts["continued"][name] = continued(name, world, states["zero3"])
         facts["continued"]["zero3-bf16"] = continued("zero3-bf16", world, states["zero1-bf16"])
-        for name in FP32 | BF16 | MUON:
+        for name in ALL:
             facts["poisoned"][name] = poisoned(name, world)
+        facts["tampered"] = tampered(world)
         if world.rank == 0:
             save_file(states["zero3"], out / "state.safetensors")
     if world.rank == 0:

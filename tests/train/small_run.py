@@ -20,6 +20,10 @@ from mmtrain.train import loop
 from mmtrain.train.checkpoint import latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import build_engine
+from mmtrain.train.health import Health, SpikeDetector
+from mmtrain.train.saving import Saver
+from mmtrain.train.sections import Sections
+from mmtrain.train.stopping import Stopping
 
 VOCABULARY = Vocabulary(280, 32, 4)
 NEXT = random_stream("small run", "next").permutation(VOCABULARY.size)
@@ -100,6 +104,13 @@ def train(config: Config, folder: Path, model: Decoder | None = None, accumulati
         stream=stream,  # type: ignore[arg-type]
         validation=[stream.prepare(10**6)],
         ledger=Ledger(),
+        model=model,
+        saver=Saver(folder / "checkpoints", WORLD, config.train.keep_checkpoints),
+        health=Health(config.health, WORLD.device),
+        detector=SpikeDetector(config.health.spike_window, config.health.spike_sigma, WORLD.device),
+        sections=Sections(WORLD.device),
+        watchdog=SimpleNamespace(start_step=lambda step: None),  # type: ignore[arg-type]
+        stopping=Stopping(folder, WORLD),
         tracker=tracker,  # type: ignore[arg-type]
         run_id="small",
         accumulation=accumulation,

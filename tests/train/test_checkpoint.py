@@ -1,173 +1,273 @@
-"""Checkpoints: whole or invisible, verified, of the right model, and never a pickle."""
+"""Checkpoints as they are read: verified, of any layout, of the right model, and never a pickle."""
 
 import ast
-import errno
+import contextlib
 import json
-import shutil
-from collections import namedtuple
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-import safetensors.torch
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
 import mmtrain
 from mmtrain.config import Config, UserError
-from mmtrain.models import build_model
+from mmtrain.models import Decoder, build_model
 from mmtrain.train import checkpoint as module
-from mmtrain.train.checkpoint import latest_checkpoint, load_model, load_tensors, read_checkpoint, save_checkpoint
+from mmtrain.train.checkpoint import (
+    fill,
+    has_checkpoint,
+    latest_checkpoint,
+    load_model,
+    newest,
+    read_checkpoint,
+    removable,
+)
+from mmtrain.train.fragments import PARAMETER, Fragment, whole
+from mmtrain.train.saving import Saver, write_durably
+from tests.train.small_checkpoint import (
+    ALONE,
+    FILES,
+    ONE_FILE,
+    SHAPES,
+    cut,
+    edit_manifest,
+    flip,
+    fragments,
+    holds,
+    names,
+    save,
+)
 
 VOCABULARY = 256
 FINGERPRINT = "0123456789ab"
 
 
-@pytest.fixture
-def config() -> Config:
+def test_what_was_saved_comes_back_in_every_layout(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    found, complaints = latest_checkpoint(tmp_path)
+    assert found is not None and (found.step, complaints) == (7, [])
+    for size in (1, 2, 3, 7):
+        for rank in range(size):
+            held = fragments(0, rank, size)
+            fill(found, held)
+            assert holds(held, 7)
+
+
+def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path: Path) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        assert latest_checkpoint(folder) == (None, [])
+        assert newest(folder) is None and not has_checkpoint(folder)
+
+
+def test_the_newest_is_that_of_the_largest_step_also_beyond_eight_digits(tmp_path: Path) -> None:
+    for step in (99_999_999, 123_456_789, 5):
+        save(tmp_path, step)
+    found, _ = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 123_456_789
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, damage, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    damage(save(tmp_path, 10) / name)
+    found, (complaint,) = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 5
+    assert "step-00000010" in complaint and name in complaint
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 5) / "MANIFEST.json"
+    whole = manifest.read_bytes()
+    for position, byte in enumerate(whole):
+        if not chr(byte).isspace():  # which means nothing
+            manifest.write_bytes(whole[:position] + bytes([byte ^ 1]) + whole[position + 1 :])
+            with pytest.raises(UserError):
+                module.read_manifest(manifest.parent)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"files": 3}', "[]", "[" * 10**5, '{"format_version": 2}', "\0\xff"])
+def test_a_manifest_that_is_none_is_a_damaged_checkpoint(content: str, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "MANIFEST.json").write_text(content)
+    found, complaints = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 5 and len(complaints) == 1 and "\n" not in complaints[0]
+
+
+def put(*keys: Any, value: Any):
+    """A change of a JSON object at a path of keys."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        place = manifest
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+ENTRY = {"bytes": 3, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (put("files", "../secret", value=ENTRY), "not one of each rank"),
+        (put("files", "/etc/passwd", value=ENTRY), "not one of each rank"),
+        (put("files", "tensors-00001-of-00002.safetensors", value=ENTRY), "not one of each rank"),
+        (lambda m: m["files"].pop(ONE_FILE), "not one of each rank"),
+        (lambda m: m["files"].pop("state.json"), "not one of each rank"),
+        (put("files", "state.json", "bytes", value=-1), "a size or a checksum is none"),
+        (put("files", "state.json", "bytes", value=True), "a size or a checksum is none"),
+        (put("files", "state.json", "sha256", value="x"), "a size or a checksum is none"),
+        (put("shapes", "norm", value=[-8]), "a shape is none"),
+        (put("shapes", "norm", value="8"), "a shape is none"),
+        (put("step", value="7"), "is no such value"),
+        (put("step", value=8), "state.json is of step 7"),
+        (put("permanent", value=1), "is no such value"),
+        (put("time", value=None), "damaged"),
+        (put("format_version", value=1), "has format 1; this version of mmtrain reads 2"),
+        (put("format_version", value=3), "has format 3; this version of mmtrain reads 2"),
+    ],
+)
+def test_a_hostile_manifest_is_one_sentence(change, sentence: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    edit_manifest(path, change)
+    with pytest.raises(UserError, match=sentence) as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [lambda path, to: path.symlink_to(to), lambda path, _: os.mkfifo(path)])
+def test_links_and_pipes_are_no_files_of_a_checkpoint(make, tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    outside = (path / ONE_FILE).rename(tmp_path / "outside")
+    make(path / ONE_FILE, outside)
+    with pytest.raises(UserError, match="is no plain file"):
+        read_checkpoint(path)
+
+
+def write_tensor_file(path: Path, header: dict[str, Any], num_floats: int) -> None:
+    """Put another tensor file into a checkpoint, vouched for by its manifest."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    entry = write_durably(path / ONE_FILE, [len(text).to_bytes(8, "little"), text, bytes(4 * num_floats)])
+    edit_manifest(path, lambda m: m["files"].update({ONE_FILE: entry}))
+
+
+@pytest.mark.parametrize(
+    ("starts", "length", "dtype", "sentence"),
+    [
+        ({"norm": -1}, 8, "F32", "do not cover"),
+        ({"norm": 10**30}, 8, "F32", "do not cover"),
+        ({"norm": 1}, 8, "F32", "do not cover"),
+        ({"norm": 0}, 7, "F32", "do not cover"),
+        ({"norm": 0}, 9, "F32", "do not cover"),
+        ({"norm": 0, "other": 0}, 8, "F32", "do not cover"),
+        ({"norm": 0.0}, 8, "F32", "no piece of a flat float32"),
+        ({"norm": 0}, 8, "I32", "no piece of a flat float32"),
+        ({}, 8, "F32", "damaged"),
+        ([], 8, "F32", "damaged"),
+    ],
+)
+def test_hostile_pieces_are_one_sentence(starts: Any, length: int, dtype: str, sentence: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    edit_manifest(path, put("shapes", value={"norm": [8]}))
+    header = {"__metadata__": {"starts": json.dumps(starts)}}
+    end = 0
+    for name in [*starts] or ["norm"]:
+        header[f"parameter.{name}"] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + 4 * length]}
+        end += 4 * length
+    write_tensor_file(path, header, end // 4)
+    with pytest.raises(UserError, match=sentence) as error:
+        module.load_parameters(read_checkpoint(path))
+    assert "\n" not in str(error.value)
+
+
+def test_overlapping_pieces_and_pieces_in_two_files_are_told_apart(tmp_path: Path) -> None:
+    first, second = (tmp_path / name for name in ("a", "b"))
+    for file, start, length in ((first, 0, 5), (second, 4, 4)):
+        save_file({"parameter.norm": torch.ones(length)}, file, {"starts": json.dumps({"norm": start})})
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"parameter\.norm do not cover"):
+        module.open_pieces(tmp_path, {"norm": [8]}, ["a", "b"], stack)
+    save_file({"parameter.norm": torch.ones(3)}, second, {"starts": json.dumps({"norm": 5})})
+    with contextlib.ExitStack() as stack:
+        pieces = module.open_pieces(tmp_path, {"norm": [8]}, ["b", "a"], stack)
+        assert [piece.start for piece in pieces["parameter.norm"]] == [0, 5]
+
+
+def test_the_shape_of_a_parameter_takes_no_memory_before_its_file_vouches_for_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    edit_manifest(path, put("shapes", "norm", value=[2**45]))
+    with pytest.raises(UserError, match=r"norm do not cover its shape \[35184372088832\] exactly"):
+        module.load_parameters(read_checkpoint(path))
+
+
+def test_what_the_checkpoint_of_another_optimizer_lacks_is_named(tmp_path: Path) -> None:
+    found = read_checkpoint(save(tmp_path, 7))
+    held = whole({"norm": {PARAMETER: torch.zeros(8), "momentum_buffer": torch.zeros(8)}})
+    with pytest.raises(UserError, match=r"lacks elements of momentum_buffer\.norm"):
+        fill(found, held)
+    with pytest.raises(UserError, match=r"lacks elements of parameter\.norm"):
+        fill(found, [Fragment("norm", 4, {PARAMETER: torch.zeros(8)})])
+
+
+def test_when_all_are_damaged_training_does_not_start_again_at_0(tmp_path: Path) -> None:
+    for step in (5, 10):
+        flip(save(tmp_path, step) / ONE_FILE)
+    with pytest.raises(UserError, match="no checkpoint under .* can be read"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_launcher_asks_for_the_newest_without_reading_tensors(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 5)
+    cut(save(tmp_path, 10) / ONE_FILE)
+    monkeypatch.setattr(module.hashlib, "file_digest", lambda *_: pytest.fail("hashed"))
+    found = newest(tmp_path)
+    assert found is not None and found.step == 5
+
+
+def test_what_may_be_removed_is_old_sound_and_not_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        save(tmp_path, step, keep_every=10)
+    flip(tmp_path / "step-00000005" / "MANIFEST.json")
+    cut(tmp_path / "step-00000025" / ONE_FILE)
+    assert removable(tmp_path, 1) == []
+    save(tmp_path, 25)
+    assert [path.name for path in removable(tmp_path, 1)] == ["step-00000015"]
+    assert [path.name for path in removable(tmp_path, 1, last=20)] == []
+
+
+def model_config() -> Config:
     config = Config()
     config.model.layers, config.model.width, config.model.heads = 1, 16, 2
     config.stream.sequence_length = 32
     return config
 
 
-def tensors(config: Config, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    model = build_model(config.model, VOCABULARY, 32)
-    model.initialize(seed)
+def save_model(folder: Path, change=lambda parameters: None) -> tuple[Path, Decoder]:
+    model = build_model(model_config().model, VOCABULARY, 32)
+    model.initialize(3)
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    moments = {f"{key}.{name}": p + 1 for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-    return parameters, moments
+    change(parameters)
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    saver = Saver(folder, ALONE, keep=1, asynchronous=False)
+    owned = whole({name: {PARAMETER: p} for name, p in parameters.items()})
+    saver.save(owned, shapes, {"step": 1, "vocabulary": FINGERPRINT})
+    assert saver.wait() is None
+    return folder / "step-00000001", model
 
 
-def save(folder: Path, config: Config, step: int, keep: int = 10) -> Path:
-    return save_checkpoint(folder, *tensors(config, step), {"step": step, "vocabulary": FINGERPRINT}, keep)
-
-
-def test_what_was_saved_comes_back(tmp_path: Path, config: Config) -> None:
-    save(tmp_path, config, 7)
-    found, complaints = latest_checkpoint(tmp_path)
-    assert found is not None and (found.step, complaints) == (7, [])
-    for loaded, saved in zip(load_tensors(found), tensors(config, 7), strict=True):
-        assert loaded.keys() == saved.keys()
-        assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-    model = load_model(found, config, VOCABULARY, FINGERPRINT)
-    assert all(torch.equal(p, tensors(config, 7)[0][name]) for name, p in model.named_parameters())
-
-
-def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "missing") == (None, [])
-    assert latest_checkpoint(tmp_path) == (None, [])
-
-
-def test_the_newest_is_used_and_only_keep_remain(tmp_path: Path, config: Config) -> None:
-    for step in (5, 10, 15, 100):
-        save(tmp_path, config, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000100"]
-    found, _ = latest_checkpoint(tmp_path)
-    assert found is not None and found.step == 100
-
-
-def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path, config: Config) -> None:
-    save(tmp_path, config, 5, keep=1)
-    flip(save(tmp_path, config, 20) / "state.json")
-    save(tmp_path, config, 10, keep=1)
-    found, complaints = latest_checkpoint(tmp_path)
-    assert found is not None and found.step == 10 and len(complaints) == 1
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, damage, tmp_path: Path, config) -> None:
-    save(tmp_path, config, 5)
-    damage(save(tmp_path, config, 10) / name)
-    found, (complaint,) = latest_checkpoint(tmp_path)
-    assert found is not None and found.step == 5
-    assert "step-00000010" in complaint and name in complaint
-
-
-@pytest.mark.parametrize("content", [None, "", "{}", '{"files": 3}', "[]", '{"files": {"state.json": 1}}'])
-def test_a_damaged_manifest_is_a_damaged_checkpoint(content: str | None, tmp_path: Path, config) -> None:
-    save(tmp_path, config, 5)
-    manifest = save(tmp_path, config, 10) / "MANIFEST.json"
-    if content is None:
-        manifest.unlink()
-    else:
-        manifest.write_text(content)
-    found, complaints = latest_checkpoint(tmp_path)
-    assert found is not None and found.step == 5 and len(complaints) == 1
-
-
-def test_a_manifest_that_vouches_for_too_little_is_damaged(tmp_path: Path, config: Config) -> None:
-    path = save(tmp_path, config, 5)
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    del manifest["files"]["model.safetensors"]
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="model.safetensors"):
-        read_checkpoint(path)
-
-
-def test_when_all_are_damaged_training_does_not_start_again_at_0(tmp_path: Path, config: Config) -> None:
-    for step in (5, 10):
-        flip(save(tmp_path, config, step) / "model.safetensors")
-    with pytest.raises(UserError, match="no checkpoint under .* can be read"):
-        latest_checkpoint(tmp_path)
-
-
-def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path: Path, config: Config, monkeypatch) -> None:
-    save(tmp_path, config, 5)
-
-    def power_cut(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    half = tmp_path / ".step-00000010.deadbeef.partial"
-    shutil.copytree(tmp_path / "step-00000005", half)
-    found, complaints = latest_checkpoint(tmp_path)
-    assert found is not None and (found.step, complaints) == (5, [])
-    save(tmp_path, config, 10)
-    assert not half.exists()
-
-    monkeypatch.setattr(module, "_sha256", power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, config, 15)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
-
-
-def test_a_disk_that_is_too_small_is_a_sentence_before_anything_is_written(tmp_path: Path, config, monkeypatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 900, 100))
-    with pytest.raises(UserError, match="no room for a checkpoint in .* free some space"):
-        save(tmp_path, config, 5)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_while_writing_is_a_sentence(tmp_path: Path, config, monkeypatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    save(tmp_path, config, 5)
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(UserError, match="checkpoint"):
-        save(tmp_path, config, 10)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-
-
-def test_another_vocabulary_is_refused(tmp_path: Path, config: Config) -> None:
-    save(tmp_path, config, 5)
-    found = read_checkpoint(tmp_path / "step-00000005")
+def test_the_model_of_a_checkpoint_is_the_one_saved(tmp_path: Path) -> None:
+    path, saved = save_model(tmp_path)
+    model = load_model(read_checkpoint(path), model_config(), VOCABULARY, FINGERPRINT)
+    expected = dict(saved.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
     with pytest.raises(UserError, match="another vocabulary"):
-        load_model(found, config, VOCABULARY, "ba9876543210")
+        load_model(read_checkpoint(path), model_config(), VOCABULARY, "ba9876543210")
 
 
 def without_one(parameters: dict[str, torch.Tensor]) -> None:
@@ -183,17 +283,16 @@ def of_another_shape(parameters: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [without_one, with_one_more, of_another_shape])
-def test_tensors_of_another_model_are_refused(change, tmp_path: Path, config: Config) -> None:
-    parameters, moments = tensors(config)
-    change(parameters)
-    save_checkpoint(tmp_path, parameters, moments, {"step": 1, "vocabulary": FINGERPRINT}, 1)
+def test_tensors_of_another_model_are_refused(change, tmp_path: Path) -> None:
+    path, _ = save_model(tmp_path, change)
     with pytest.raises(UserError, match=r"another model: blocks\.[01]\.ffn\.wide\.weight"):
-        load_model(read_checkpoint(tmp_path / "step-00000001"), config, VOCABULARY, FINGERPRINT)
+        load_model(read_checkpoint(path), model_config(), VOCABULARY, FINGERPRINT)
 
 
 @pytest.mark.parametrize("family", ["llama", "chameleon"])
-def test_a_checkpoint_of_another_family_is_refused(family: str, tmp_path: Path, config: Config) -> None:
-    path = save(tmp_path, config, 1)
+def test_a_checkpoint_of_another_family_is_refused(family: str, tmp_path: Path) -> None:
+    path, _ = save_model(tmp_path)
+    config = model_config()
     config.model.family = family
     with pytest.raises(UserError, match="is of another model: blocks.0.attention") as error:
         load_model(read_checkpoint(path), config, VOCABULARY, FINGERPRINT)
@@ -207,13 +306,17 @@ def test_a_pickled_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
-def test_the_files_are_plain_safetensors_and_json(tmp_path: Path, config: Config) -> None:
-    path = save(tmp_path, config, 5)
-    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "MANIFEST.json"])
-    with safetensors.safe_open(path / "model.safetensors", "pt") as file:
-        assert "token_embedding.weight" in file.keys()  # noqa: SIM118
-    save_file(load_file(path / "model.safetensors"), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == (path / "model.safetensors").read_bytes()
+def test_the_files_are_plain_safetensors_and_json(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    assert names(path) == sorted(FILES)
+    tensors = load_file(path / ONE_FILE)
+    assert {name: tensor.shape for name, tensor in tensors.items() if name.startswith("exp_avg.")} == {
+        "exp_avg.embedding": (128,),
+        "exp_avg.block.weight": (64,),
+        "exp_avg.norm": (8,),
+    }
+    with safetensors.safe_open(path / ONE_FILE, "pt") as file:
+        assert json.loads(file.metadata()["starts"]) == dict.fromkeys(SHAPES, 0)
 
 
 def test_nothing_in_the_package_can_load_a_pickle() -> None:

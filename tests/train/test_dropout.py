@@ -38,6 +38,7 @@ def test_every_micro_batch_of_every_step_has_masks_of_its_own(tmp_path: Path, mo
     keys: list[tuple[int, ...]] = []
     monkeypatch.setattr("mmtrain.train.loop.seed_dropout", lambda *key: keys.append(key))
     config = configure()
+    config.train.dry_run = False
     small_run.train(config, tmp_path, accumulation=2)
     assert keys == [(config.seed, step, 0, number) for step in range(8) for number in range(2)]
     small_run.train(configure(dropout=0.0), tmp_path / "without")

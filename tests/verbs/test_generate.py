@@ -15,7 +15,9 @@ from mmtrain.config.compose import freeze
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, num_positions
 from mmtrain.tokens import Vocabulary
-from mmtrain.train.checkpoint import save_checkpoint
+from mmtrain.train.distributed import World
+from mmtrain.train.fragments import PARAMETER, whole
+from mmtrain.train.saving import Saver
 from mmtrain.verbs.prepare import prepare
 from mmtrain.verbs.prepared import PreparedCorpus
 
@@ -39,8 +41,11 @@ def folder(shapes: tuple[Config, PreparedCorpus], tmp_path_factory: pytest.TempP
     model = build_model(config.model, vocabulary.size, num_positions(config))
     model.initialize(0)
     state = {"step": 7, "tokens": 0, "vocabulary": vocabulary.fingerprint}
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    save_checkpoint(run / "checkpoints", parameters, {"nothing": torch.zeros(1)}, state, 1)
+    parameters = dict(model.named_parameters())
+    saver = Saver(run / "checkpoints", World(0, 1, torch.device("cpu")), keep=1)
+    owned = whole({name: {PARAMETER: p} for name, p in parameters.items()})
+    saver.save(owned, {name: list(p.shape) for name, p in parameters.items()}, state)
+    assert saver.wait() is None
     for color in ("red", "blue"):
         Image.new("RGB", (50, 40), color).save(folder / f"{color}.png")
     return folder

@@ -63,13 +63,13 @@ def test_a_run_starts_from_imported_weights_goes_on_and_learns(trained: Path) ->
 @pytest.mark.slow
 def test_the_export_of_the_run_opens_and_draws(trained: Path) -> None:
     from mmtrain.tokens import ImageTokenizer, Vocabulary
-    from mmtrain.train.checkpoint import latest_checkpoint, load_tensors
+    from mmtrain.train.checkpoint import latest_checkpoint, load_parameters
 
     out = trained / "exported"
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     found, _ = latest_checkpoint(trained / "runs/smoke/checkpoints")
     assert found is not None
-    assert torch.equal(model.get_output_embeddings().weight, load_tensors(found)[0]["head.weight"])
+    assert torch.equal(model.get_output_embeddings().weight, load_parameters(found)["head.weight"])
     vocabulary = Vocabulary.load(out / "vocabulary.json")
     text = TextTokenizer.load(trained / "weights/tokenizer.json")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)

@@ -1,0 +1,83 @@
+"""The most memory that tensors really take in training, counted from every allocation that torch reports.
+
+torchrun --nproc_per_node 2 memory_cases.py OUT   writes {stage dtype: [measured, estimated]} of DeepSpeed as JSON
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtrain.config import Config, ModelConfig
+from mmtrain.models import build_model
+from mmtrain.train.distributed import World, start_world
+from mmtrain.train.engine import build_engine
+from mmtrain.train.memory import estimate
+
+VOCABULARY = 4096
+STAGES = [(0, "fp32")] + [(stage, dtype) for stage in (1, 2, 3) for dtype in ("fp32", "bf16")]
+
+
+def configure(stage: int | None, dtype: str, rows: int, length: int, world_size: int, **model: Any) -> Config:
+    """A model of 6 M parameters; two micro-batches per step."""
+    config = Config()
+    config.model = ModelConfig(**({"layers": 6, "width": 256, "heads": 4, "attention": "sdpa"} | model))
+    config.stream.sequence_length, config.stream.global_batch = length, 2 * rows * world_size
+    config.engine.kind, config.engine.dtype = "ddp" if stage is None else "deepspeed", dtype
+    config.engine.stage, config.engine.micro_batch = stage or 0, rows
+    return config
+
+
+def batch(rows: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
+    tokens = torch.randint(0, VOCABULARY, (rows, length), device=device)
+    zeros = torch.zeros(rows, length, dtype=torch.int32, device=device)
+    fields = {"tokens": tokens, "targets": tokens.roll(-1, 1), "modality": tokens % 3}
+    fields |= {"document": zeros, "cell": zeros - 1, "position": zeros + torch.arange(length, device=device)}
+    return fields | {"loss_weight": torch.ones(rows, length, device=device)}
+
+
+def train(config: Config, world: World) -> None:
+    """Two steps from nothing."""
+    rows, length = config.engine.micro_batch, config.stream.sequence_length
+    model = build_model(config.model, VOCABULARY, length)
+    model.initialize(0)
+    engine = build_engine(model.to(world.device), config, world, 2)
+    for _ in range(2):
+        inputs = batch(2 * rows, length, world.device.type)
+        for part in range(2):
+            sums = engine.forward({name: tensor.chunk(2)[part] for name, tensor in inputs.items()})
+            engine.backward(sums.total, inputs["loss_weight"].sum())
+            del sums
+        engine.step(1e-3)
+
+
+def measured(config: Config, world: World) -> int:
+    """Bytes of CPU tensors at the peak of `train`."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train(config, world)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    present = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        present += event.nbytes()
+        peak = max(peak, present)
+    return peak
+
+
+def main(out: Path) -> None:
+    world = start_world()
+    found = {}
+    for stage, dtype in STAGES:
+        config = configure(stage, dtype, 4, 256, world.size)
+        expected = estimate(config, VOCABULARY, 256, world.size, stage, device="cpu").device_total
+        found[f"{stage} {dtype}"] = [measured(config, world), expected]
+    if world.rank == 0:
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
