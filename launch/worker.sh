@@ -40,7 +40,10 @@ while [ ${#workers[@]} -gt 0 ]; do
     fi
 done
 
+[ -n "${MMTRAIN_STOPPED_CODE:-}" ] || exit 0
 while [ "$#" -gt 0 ] && [ "$1" != --run-dir ]; do shift; done
-if [ -n "${MMTRAIN_STOPPED_CODE:-}" ] && grep -q '"state": "stopped"' "$2/status.json"; then
-    exit "$MMTRAIN_STOPPED_CODE"
-fi
+for _ in {1..60}; do # until rank 0, which may be on another node, has said how it ended
+    grep -q '"state": "running"' "$2/status.json" || break
+    sleep 1
+done
+! grep -q '"state": "stopped"' "$2/status.json" || exit "$MMTRAIN_STOPPED_CODE"
