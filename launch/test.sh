@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, in one command: lint, types, import contracts, tests. Makes .venv-test when it
-# is missing (or uses MMTRAIN_VENV). MMTRAIN_CI=1 leaves nothing out. Words after the name go to pytest: launch/test.sh tests/config -k typo
+# is missing (or uses MMTRAIN_VENV). MMTRAIN_CI=1 leaves nothing out. Words after the name go to pytest:
+#   launch/test.sh tests/config -k typo
 set -euo pipefail
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
