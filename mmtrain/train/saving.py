@@ -286,8 +286,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write a safetensors file of flat float32 tensors, on any device, without a second copy of them in memory.
 
     The format: the length of the header in 8 bytes, the header as JSON, then the bytes of the tensors, all little
-    endian. (The library's save_file is no faster: its file has to be read again for a checksum, which then vouches for
-    what was written and not for what was meant.) Returns its bytes and SHA-256.
+    endian. (The file of the library's save_file has to be read again for a checksum, which then vouches for what was
+    written and not for what was meant.) Returns its bytes and SHA-256.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

@@ -102,7 +102,7 @@ def test_only_keep_remain_and_multiples_of_keep_every(tmp_path: Path) -> None:
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    flip(save(tmp_path, 20) / "state.json")
+    flip(save(tmp_path, 20) / ONE_FILE)
     save(tmp_path, 10, keep=1)
     found, complaints = latest_checkpoint(tmp_path)
     assert found is not None and found.step == 10 and len(complaints) == 1
