@@ -21,7 +21,7 @@ from mmtrain.train.stop import StopRequest, stop_when_orphaned
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 1.0
-ALONE_SECONDS = 60.0  # how long some hosts may go on when the part of another one has ended
+ALONE_SECONDS = 30.0  # how long some hosts may go on when the part of another one has ended
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 WORKER = "mmtrain.train.worker"
 # A host that vanished is noticed after a minute, and ssh never asks anything.

@@ -219,26 +219,28 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]"}
 
 
 @pytest.mark.parametrize(
-    ("state", "saved", "srun", "code", "requeued"),
+    ("state", "saved", "fruitless", "srun", "code", "requeued"),
     [
-        ("finished", True, 0, 0, False),
-        ("stopped", True, 0, 0, True),
-        ("running", True, 1, 0, True),
-        ("running", False, 1, 1, False),
-        ("failed", True, 2, 2, False),
-        ("running", False, 0, 1, False),
+        ("finished", True, 0, 0, 0, False),
+        ("stopped", True, 2, 0, 0, True),
+        ("running", False, 0, 1, 0, True),
+        ("running", True, 2, 1, 0, True),
+        ("running", False, 2, 1, 1, False),
+        ("failed", True, 0, 2, 2, False),
+        ("running", False, 2, 0, 1, False),
     ],
 )
 def test_the_slurm_job_queues_itself_again_when_that_helps(
-    state: str, saved: bool, srun: int, code: int, requeued: bool, tmp_path: Path, programs: Path
+    state: str, saved: bool, fruitless: int, srun: int, code: int, requeued: bool, tmp_path: Path, programs: Path
 ) -> None:
     run, submitted = tmp_path / "run", tmp_path / "submitted"
-    (run / "checkpoints").mkdir(parents=True)
+    run.mkdir()
+    (run / "fruitless-starts").write_text("earlier\n" * fruitless)
     (submitted / "launch").mkdir(parents=True)
     (submitted / "launch" / "environment.sh").write_text("mmtrain_root=$SLURM_SUBMIT_DIR\n")
     program(programs, "mmtrain", f'echo "$*" >{tmp_path}/prepared; echo building; echo {run}')
     program(programs, "scontrol", f'echo "$*" >>{tmp_path}/scontrol; [ "$1" = requeue ] || printf "node-1\\nnode-2\\n"')
-    step = f"mkdir {run}/checkpoints/step-00000003; " if saved else ""
+    step = f"mkdir -p {run}/checkpoints/step-00000003; " if saved else ""
     say = f'echo \'{{"state": "{state}"}}\' >{run}/status.json; echo "$MASTER_ADDR"'
     program(programs, "srun", f"{step}{say}; exit {srun}")
     done = subprocess.run(
