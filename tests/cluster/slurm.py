@@ -35,6 +35,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
+AuthInfo=cred_expire=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName={nodes} CPUs=2 RealMemory=4000 State=UNKNOWN
