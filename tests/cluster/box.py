@@ -163,7 +163,8 @@ class Box:
 
     def start_ssh(self, name: str) -> None:
         """A host takes ssh connections."""
-        words = ("-f", f"{self.folder}/sshd_config", "-h", f"{self.folder}/{name}.hostkey", "-E", f"{self.folder}/{name}.log")
+        words = ("-f", f"{self.folder}/sshd_config", "-h", f"{self.folder}/{name}.hostkey")
+        words += ("-E", f"{self.folder}/{name}.log")
         self.check(name, "/usr/sbin/sshd", *words)
 
     def _title(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """A real Slurm in the box: munge and slurmctld on the first host, munge and slurmd on the others.
 
-    python -m tests.cluster.slurm                      # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
+    python -m tests.cluster.slurm    # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
     . /tmp/mmtrain-box/slurm.sh; python -m tests.cluster.box run head sinfo
 """
 
@@ -85,7 +85,7 @@ class Slurm:
 
     def states(self) -> dict[str, str]:
         """State of each node: idle, alloc, down, ..."""
-        return {n: s for n, s in (row.split() for row in self("sinfo", "-hN", "-o", "%N %t").splitlines())}
+        return dict(row.split() for row in self("sinfo", "-hN", "-o", "%N %t").splitlines())
 
     def wait(self, condition: Callable[[], bool], complaint: str, seconds: float = 60) -> None:
         """Wait for a condition; raises TimeoutError with the complaint and the end of the controller's log."""
