@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 from typing import Any
 
 import torch
@@ -60,13 +59,11 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if not self._plain():
             self.engine.step()
-            if not self.optimizer.overflow:
-                return self.engine.get_global_grad_norm()
-            # Here stage 3 still tells the norm of the step before, and stages 1 and 2 with offload in bf16 keep the
-            # gradients, so that no later update would ever be finite (0.19.8).
-            for group in getattr(self.optimizer, "averaged_gradients", {}):
+            # With offload in bf16, stages 1 and 2 keep the gradients of a skipped update, and no later one would ever
+            # be finite (0.19.8).
+            for group in getattr(self.optimizer, "averaged_gradients", {}) if self.optimizer.overflow else ():
                 self.optimizer.averaged_gradients[group] = None
-            return math.nan
+            return self.engine.get_global_grad_norm()
         # Stage 0 knows no overflow check.
         norm = clip_gradients(self.parameters, self.clip)
         skip_unless_finite(self.optimizer, norm)

@@ -3,11 +3,12 @@
     python parity_cases.py OUT
 
 Importing torch and DeepSpeed is slow, so one process does it, and forks into 4, then 2, 1 and 4 ranks. Each run leaves
-its final weights as OUT/NAME.safetensors, and all leave their losses in OUT/losses-LEG.json.
+its final weights as OUT/NAME.safetensors, and all leave losses and norms in OUT/rows-LEG.json.
 """
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -29,10 +30,14 @@ from tests.train.engine_cases import FP32, OFFLOAD, VOCABULARY, State, load, new
 
 ROWS, LENGTH, STEPS, SHORT = 16, 32, 20, 5
 RATE = 2e-3
+CLIP = 0.84  # between the gradient norms, so that some steps are clipped
+# AdamW divides by sqrt(v) + epsilon: with 1e-8, elements with next to no gradient are rounding errors made large.
+EPSILON = 1e-6
 FP32_ENGINES = (*FP32, *(name for name in OFFLOAD if "bf16" not in name))
 BF16_ENGINES = (*engine_cases.BF16, *(name for name in OFFLOAD if "bf16" in name))
 RECOMPUTING = (("ddp", 0.1), ("zero1", 0.0), ("zero3", 0.1), ("zero3-offload-parameters", 0.0))  # engine, dropout
 JOURNEY = (("zero3", 4), ("zero1", 2), ("zero0", 1), ("zero3", 4))  # engine and ranks, five steps each
+Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def configure(case: Case) -> Config:
     config = engine_cases.configure(case.engine)
     config.stream.global_batch, config.stream.sequence_length = ROWS, LENGTH
     config.model.dropout, config.model.activation_checkpointing = case.dropout, case.recomputes
+    config.optim.clip, config.optim.eps = CLIP, EPSILON
     config.engine.reduce_dtype = "bf16" if case.bf16_reduction else "fp32"
     return config
 
@@ -103,9 +109,9 @@ def batch(step: int) -> dict[str, Tensor]:
     }
 
 
-def train(engine: Engine, case: Case, world: World, first: int, last: int) -> list[float]:
-    """Loss of the steps first .. last - 1, as the loop does them."""
-    losses = []
+def train(engine: Engine, case: Case, world: World, first: int, last: int) -> Rows:
+    """[loss, gradient norm] of the steps first .. last - 1, as the loop does them."""
+    rows = []
     for step in range(first, last):
         inputs = {name: tensor[world.rank :: world.size] for name, tensor in batch(step).items()}
         weight = world.sum(inputs["loss_weight"].sum())
@@ -116,9 +122,9 @@ def train(engine: Engine, case: Case, world: World, first: int, last: int) -> li
             sums = engine.forward({name: tensor.chunk(case.accumulation)[part] for name, tensor in inputs.items()})
             engine.backward(sums.total, weight)
             total += sums.total.detach()
-        engine.step(RATE)
-        losses.append(float(world.sum(total) / weight))
-    return losses
+        norm = engine.step(RATE)
+        rows.append([float(world.sum(total) / weight), math.nan if norm is None else float(norm)])
+    return rows
 
 
 def start(case: Case, world: World) -> Engine:
@@ -130,7 +136,7 @@ def weights(state: State) -> State:
     return {name.removeprefix("parameter."): t for name, t in state.items() if name.startswith("parameter.")}
 
 
-def plain() -> tuple[list[float], State]:
+def plain() -> tuple[Rows, State]:
     """The same steps in plain torch, on one process, without any of our training code."""
     config = configure(Case("ddp", 1))
     model, o = new_model(config), config.optim
@@ -139,29 +145,29 @@ def plain() -> tuple[list[float], State]:
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], RATE, (o.beta1, o.beta2), o.eps)
-    losses = []
+    rows = []
     for step in range(STEPS):
         inputs = batch(step)
         loss = model(**inputs).total / inputs["loss_weight"].sum()
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
         optimizer.step()
-        losses.append(loss.item())
-    return losses, {name: p.detach().flatten() for name, p in model.named_parameters()}
+        rows.append([loss.item(), norm.item()])
+    return rows, {name: p.detach().flatten() for name, p in model.named_parameters()}
 
 
-def travel(leg: int, out: Path, world: World) -> list[float]:
+def travel(leg: int, out: Path, world: World) -> Rows:
     """Five steps of the journey, from the state that the leg before has left."""
     case = Case(*JOURNEY[leg], accumulation=2)
     engine = start(case, world)
     if leg:
         load(engine, load_file(out / f"leg-{leg - 1}.safetensors"), leg * SHORT)
-    losses = train(engine, case, world, leg * SHORT, (leg + 1) * SHORT)
+    rows = train(engine, case, world, leg * SHORT, (leg + 1) * SHORT)
     state = whole_state(engine, world)
     if world.rank == 0:
         save_file(state, out / f"leg-{leg}.safetensors")
-    return losses
+    return rows
 
 
 def work(rank: int, leg: int, ports: list[int], out: Path) -> None:
@@ -172,18 +178,18 @@ def work(rank: int, leg: int, ports: list[int], out: Path) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at every step
     world = start_world()
-    losses = {f"leg-{leg}": travel(leg, out, world)}
+    rows = {f"leg-{leg}": travel(leg, out, world)}
     for case in cases(ranks) if leg < 3 else []:
         engine = start(case, world)
-        losses[case.name] = train(engine, case, world, 0, case.steps)
+        rows[case.name] = train(engine, case, world, 0, case.steps)
         final = weights(whole_state(engine, world))
         if rank == 0:
             save_file(final, out / f"{case.name}.safetensors")
     if ranks == 1:
-        losses["plain"], final = plain()
+        rows["plain"], final = plain()
         save_file(final, out / "plain.safetensors")
     if rank == 0:
-        (out / f"losses-{leg}.json").write_text(json.dumps(losses))
+        (out / f"rows-{leg}.json").write_text(json.dumps(rows))
     world.barrier()
     torch.distributed.destroy_process_group()
 

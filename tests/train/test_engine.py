@@ -24,7 +24,7 @@ def run_cases(ranks: int, out: Path) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     script = str(Path(__file__).with_name("engine_cases.py"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, script, str(out)], env=environment, capture_output=True, text=True, timeout=480)
+    done = subprocess.run([*launcher, script, str(out)], env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / f"world-{ranks}.json").read_text())
 
