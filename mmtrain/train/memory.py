@@ -21,7 +21,7 @@ from mmtrain.train.distributed import World
 
 USABLE = 0.9  # the rest: fragments, the libraries' own buffers, work spaces of products
 BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, as deepspeed_config says
-GATHERED = 1_000_000_000  # elements that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
+GATHERED = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 PREFETCHED = 50_000_000  # elements that stage 3 gathers at a time, then copies: stage3_prefetch_bucket_size
 FLATTENED = 500_000_000  # elements that stage 0 reduces at a time, DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 INPUT_BYTES = 48  # of a token: three int64, three int32, a float32 and what is made of them
@@ -133,8 +133,10 @@ def estimate(
             head * precision.parameter,
             states.buffers,
         ),
-        # the end of the backward pass: the gradients of the embedding, as head and as table
-        at(parameters, states.gradients, around + backward, head * precision.parameter, states.buffers),
+        # the first block's backward pass, when all other gradients are there
+        at(parameters, states.gradients, around + block + backward, 0, states.buffers),
+        # the embedding's, whose gradient as a table is added to that as the head
+        at(parameters, states.gradients, around + stream, head * precision.parameter, states.buffers),
         # the update
         at(states.parameters, states.gradients, around, 0, states.buffers + states.update),
         key=lambda memory: memory.device_total,

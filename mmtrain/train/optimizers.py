@@ -24,12 +24,11 @@ def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> lis
 def adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
     """AdamW with this run's settings; the loop sets the learning rate before each step.
 
-    Fused, one pass over memory, on a GPU and for what is offloaded to host memory.
+    Fused: one pass over memory, on a GPU and on a CPU, where the other one makes temporary copies of all masters.
     """
     o = config.optim
     groups = parameter_groups(parameters, o.weight_decay)
-    fused = torch.cuda.is_available() or config.engine.offload_optimizer
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
 
 
 class SharedMuon(torch.optim.Muon):

@@ -33,6 +33,7 @@ from mmtrain.train.checkpoint import (
     STATE,
     candidates,
     discard,
+    open_checkpoint,
     open_pieces,
     removable,
     sealed,
@@ -186,22 +187,27 @@ class Saver:
 
     def _write(self, job: Job) -> None:
         """In the thread: this rank's file; rank 0 then completes the checkpoint."""
-        rank = self.world.rank
-        name = tensors_name(rank, self.world.size)
+        path = job.partial / tensors_name(self.world.rank, self.world.size)
         try:
-            try:
-                report = write_tensors(job.partial / name, job.tensors, job.metadata)
-            except Exception as error:
-                (job.partial / name).unlink(missing_ok=True)  # room for the report
-                if rank == 0:
-                    raise
-                report = {"failure": f"{_reason(error)} (rank {rank})"}
-            write_text_atomic(job.partial / f"{name}.json", json.dumps(report))
-            if rank == 0:
+            entry = write_tensors(path, job.tensors, job.metadata)
+            write_text_atomic(_report(path), json.dumps(entry))
+            if self.world.rank == 0:
                 self._complete(job)
         except Exception as error:  # training goes on whatever it is
-            if rank == 0:
+            if self.world.rank == 0:
                 self._fail(job.step, _reason(error), job.partial)
+            else:
+                self._report_failure(path, f"{_reason(error)} (rank {self.world.rank})")
+
+    def _report_failure(self, path: Path, failure: str) -> None:
+        """Tell rank 0, which waits for it; on a full disk as soon as there is room, so its own file goes first."""
+        deadline = time.monotonic() + self.patience_seconds
+        while path.parent.is_dir() and time.monotonic() < deadline:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                write_text_atomic(_report(path), json.dumps({"failure": failure}))
+                return
+            time.sleep(POLL_SECONDS)
 
     def _complete(self, job: Job) -> None:
         """Put the reports of all ranks into the manifest, and give the folder its name."""
@@ -219,6 +225,7 @@ class Saver:
             "files": files,
         }
         write_text_atomic(job.partial / MANIFEST, json.dumps(sealed(manifest), indent=1))
+        open_checkpoint(job.partial)  # what gets a name can be read
         sync_folder(job.partial)
         replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():  # one that this run could not read: it is at this step again
@@ -233,11 +240,11 @@ class Saver:
 
     def _collect(self, partial: Path) -> dict[str, Any]:
         """Bytes and SHA-256 of every rank's file, by name, when all are there; raises OSError."""
-        names = [tensors_name(rank, self.world.size) for rank in range(self.world.size)]
         deadline = time.monotonic() + self.patience_seconds
         files: dict[str, Any] = {}
-        for rank, name in enumerate(names):
-            report = partial / f"{name}.json"
+        for rank in range(self.world.size):
+            name = tensors_name(rank, self.world.size)
+            report = _report(partial / name)
             while not report.exists():
                 if time.monotonic() > deadline:
                     raise OSError(f"rank {rank} has not written its file after {self.patience_seconds:.0f} s")
@@ -270,12 +277,17 @@ class Saver:
         self._sentences.put(sentence)
 
 
+def _report(path: Path) -> Path:
+    """Where a rank tells rank 0 what became of its file."""
+    return path.with_name(f"{path.name}.json")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """Write a safetensors file of flat float32 tensors, on any device, without a second copy of them in memory.
 
     The format: the length of the header in 8 bytes, the header as JSON, then the bytes of the tensors, all little
-    endian. (safetensors.save_file makes bytes of all tensors first, and the checksum would read the file again.)
-    Returns its bytes and SHA-256.
+    endian. (The file of the library's save_file has to be read again for a checksum, which then vouches for what was
+    written and not for what was meant.) Returns its bytes and SHA-256.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

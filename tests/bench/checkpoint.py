@@ -5,7 +5,7 @@
 One rank, float32 parameters and AdamW's two moments: 12 bytes per parameter. Stall: how long `save` takes; total: until
 the checkpoint is complete. Plain: the same number of bytes from memory into one file, flushed, as dd conv=fsync does,
 with the SHA-256 and without; library: safetensors.save_file, which neither hashes nor flushes, then both. Variants
-take turns, several rounds; the figures are medians. Beside them the peak of memory over the state itself.
+take turns, several rounds; the figures are medians.
 """
 
 import argparse
@@ -42,12 +42,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: that of temporary files")
     return parser.parse_args()
-
-
-def resident(key: str) -> int:
-    """VmRSS or VmHWM, the peak, of this process in bytes (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
 
 
 class Bench:
@@ -107,14 +101,6 @@ class Bench:
         return seconds, seconds
 
 
-def with_peak(variant: Callable[[], Times]) -> tuple[Times, int]:
-    """Its times, and how far the resident memory went beyond what it was before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    times = variant()
-    return times, max(0, resident("VmHWM") - before)
-
-
 def main() -> None:
     args = arguments()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -128,21 +114,18 @@ def main() -> None:
             "checkpoint behind training": lambda: bench.save(bench.behind),
             "hash a file of it (verify)": bench.verify,
         }
-        found: dict[str, list[tuple[Times, int]]] = {name: [] for name in variants}
+        found: dict[str, list[Times]] = {name: [] for name in variants}
         for turn in range(args.rounds + 1):
             for name, variant in variants.items():
-                measured = with_peak(variant)
-                if turn:  # the first round fills the caches and takes the memory of the copy
-                    found[name].append(measured)
+                times = variant()
+                if turn:  # the first round takes the memory of the copy
+                    found[name].append(times)
         print(f"{bench.num_bytes / 1e9:.2f} GB of state, torch {torch.__version__}")
-        print("| | stall | total | GB/s | total, of plain | memory |\n|---|---|---|---|---|---|")
-        totals = {name: [total for (_, total), _ in rows] for name, rows in found.items()}
+        print("| | stall | total | GB/s | total, of plain |\n|---|---|---|---|---|")
         for name, rows in found.items():
-            stall, total = (statistics.median(times[i] for times, _ in rows) for i in (0, 1))
-            ratio = statistics.median(t / p for t, p in zip(totals[name], totals["plain write"], strict=True))
-            memory = statistics.median(peak for _, peak in rows)
-            speed = bench.num_bytes / 1e9 / total
-            print(f"| {name} | {stall:.2f} s | {total:.2f} s | {speed:.2f} | {ratio:.2f} | {memory / 1e6:,.0f} MB |")
+            stall, total = (statistics.median(times[i] for times in rows) for i in (0, 1))
+            ratio = statistics.median(t / p for (_, t), (_, p) in zip(rows, found["plain write"], strict=True))
+            print(f"| {name} | {stall:.2f} s | {total:.2f} s | {bench.num_bytes / 1e9 / total:.2f} | {ratio:.2f} |")
     finally:
         shutil.rmtree(folder)
 

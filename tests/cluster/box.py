@@ -119,9 +119,7 @@ class Box:
 
     def crash(self, name: str) -> None:
         """Kill all processes of a host; its kernel still closes their connections, so that the others hear of it."""
-        for pid in self.processes(name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(*self.processes(name))
         self.power_off(name)
 
     def power_off(self, name: str) -> None:
@@ -131,13 +129,7 @@ class Box:
             return
         if name != SWITCH and self.pid(SWITCH):
             self.unplug(name)
-        first = os.pidfd_open(pid)
-        signal.pidfd_send_signal(first, signal.SIGKILL)
-        # The kernel kills all in the namespace of a first process, and lets this one end as the last of them.
-        ended, _, _ = select.select([first], [], [], 30)
-        os.close(first)
-        if not ended:
-            raise RuntimeError(f"{name} of the box {self.folder} does not end")
+        kill(pid)  # the kernel kills all in the namespace of a first process, and lets this one end as the last
 
     def power_on(self, name: str, *, lasting: bool = False) -> None:
         """Start a host that is off."""
@@ -167,11 +159,12 @@ class Box:
 
     def stop_ssh(self, name: str) -> None:
         """A host takes no new ssh connections; those that are open stay."""
-        self.check(name, "sh", "-c", "kill $(cat /run/sshd.pid) && rm /run/sshd.pid")
+        self.check(name, "sh", "-c", "kill $(cat /run/sshd.pid); while [ -e /run/sshd.pid ]; do sleep 0.01; done")
 
     def start_ssh(self, name: str) -> None:
         """A host takes ssh connections."""
-        words = ("-f", f"{self.folder}/sshd_config", "-h", f"{self.folder}/{name}.hostkey", "-E", f"{self.folder}/{name}.log")
+        words = ("-f", f"{self.folder}/sshd_config", "-h", f"{self.folder}/{name}.hostkey")
+        words += ("-E", f"{self.folder}/{name}.log")
         self.check(name, "/usr/sbin/sshd", *words)
 
     def _title(self, name: str) -> str:
@@ -196,6 +189,20 @@ class Box:
                     return pid
             time.sleep(0.01)
         raise RuntimeError(f"the namespaces of {name} could not be made (are we root?)")
+
+
+def kill(*pids: int) -> None:
+    """Kill processes and wait until the kernel has closed all that they had open."""
+    dying = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            dying.append(os.pidfd_open(pid))
+            signal.pidfd_send_signal(dying[-1], signal.SIGKILL)
+    for process in dying:
+        ended, _, _ = select.select([process], [], [], 30)
+        os.close(process)
+        if not ended:
+            raise RuntimeError("a process that was killed does not end")
 
 
 def default_folder() -> Path:

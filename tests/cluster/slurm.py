@@ -1,6 +1,6 @@
 """A real Slurm in the box: munge and slurmctld on the first host, munge and slurmd on the others.
 
-    python -m tests.cluster.slurm                      # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
+    python -m tests.cluster.slurm    # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
     . /tmp/mmtrain-box/slurm.sh; python -m tests.cluster.box run head sinfo
 """
 
@@ -35,6 +35,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
+AuthInfo=cred_expire=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName={nodes} CPUs=2 RealMemory=4000 State=UNKNOWN
@@ -84,7 +85,7 @@ class Slurm:
 
     def states(self) -> dict[str, str]:
         """State of each node: idle, alloc, down, ..."""
-        return {n: s for n, s in (row.split() for row in self("sinfo", "-hN", "-o", "%N %t").splitlines())}
+        return dict(row.split() for row in self("sinfo", "-hN", "-o", "%N %t").splitlines())
 
     def wait(self, condition: Callable[[], bool], complaint: str, seconds: float = 60) -> None:
         """Wait for a condition; raises TimeoutError with the complaint and the end of the controller's log."""

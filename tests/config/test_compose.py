@@ -232,6 +232,13 @@ def test_the_grid_of_the_pictures_is_found() -> None:
     [
         (["engine=zero0", "engine.dtype=bf16"], "use engine.stage=1, engine=ddp, or engine.dtype=fp32"),
         (["optim.kind=muon"], "use engine=ddp, or optim.kind=adamw"),
+        (["engine.stage=true"], "engine.stage=True is not one of auto, 0, 1, 2, 3"),
+        (["engine.stage=1.0"], "write a whole number"),
+        (["engine=zero0", "engine.dtype=fp32", "engine.offload_optimizer=true"], "use engine.stage=1"),
+        (["engine=zero2", "engine.offload_parameters=true"], "use engine.stage=3"),
+        (["engine=ddp", "engine.offload_optimizer=true"], "use engine=zero3"),
+        (["engine=ddp", "engine.reduce_dtype=bf16"], "or engine=zero1"),
+        (["engine.dtype=fp32", "engine.reduce_dtype=bf16"], "would round the gradients of engine.dtype=fp32"),
         (["model.family=chameleon", "model.width=96", "model.heads=32"], "width / heads must be even: it is 3"),
     ],
 )

@@ -36,7 +36,7 @@ STAGES = {"ddp": {"engine__kind": "ddp"}} | {
     f"zero{stage}": {"engine__stage": stage, "engine__dtype": "fp32"} for stage in range(4)
 }
 SAME = "ends bit-equal to an uninterrupted run, losses and state"
-KILLS = int(os.environ.get("MMTRAIN_KILLS", "5"))  # per stage; the table in docs was made with 20
+KILLS = int(os.environ.get("MMTRAIN_KILLS", "4"))  # per stage; the table in docs was made with 20
 
 Straight = Callable[..., Path]
 Table = Callable[..., None]
@@ -80,26 +80,24 @@ def test_kill_of_a_rank(rank: int, template: Path, straight: Straight, table: Ta
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_of_all_ranks_at_random_moments(stage: str, template: Path, straight: Straight, table: Table) -> None:
     """Anywhere: in a step, in a save, while it is written behind, in a validation."""
-    settings = STAGES[stage] | {"train__checkpoint_every": 3, "train__keep_checkpoints": 2}
+    last = 60
+    settings = STAGES[stage] | {"train__checkpoint_every": 3, "train__keep_checkpoints": 2, "train__steps": last}
     run = copy_run(template, f"random-{stage}", **settings)
     draws = random_stream("kills", stage)
-    recoveries, losts = [], []
     for _ in range(KILLS):
-        with started(run) as group:
-            seen = max((row["step"] for row in logged(run)), default=0)
-            if seen >= STEPS - 2:
-                shutil.rmtree(run / "checkpoints")  # from the start, to be killed more often
-                (run / "metrics.jsonl").unlink()
-                seen = 0
-            group.wait_for_step(min(seen, STEPS - 6) + 1)
+        seen = max((row["step"] for row in logged(run)), default=0)
+        if seen >= last - 25:  # from the start, to be killed more often
+            shutil.rmtree(run / "checkpoints")
+            (run / "metrics.jsonl").unlink()
+            seen = 0
+        with started(run, hook=breaking.slow_data(0, 0.02)) as group:
+            group.wait_for_step(seen + 1)
             time.sleep(float(draws.random()) * 0.4)
             for rank in range(2):
                 group.kill(rank)
-            group.wait(10)
+            assert group.wait(10) == [-signal.SIGKILL] * 2
     _, recovery, lost = resume(run)
-    recoveries.append(recovery)
-    losts.append(lost)
-    assert max(losts) <= 3 + 3  # a save that was under way does not count
+    assert lost <= 3 + 3  # a save that was under way does not count
     assert_same(run, straight(**settings))
     table(f"kill -9 of all ranks at {KILLS} random moments, {stage}", f"resumed, it {SAME}", "so", recovery, lost)
 

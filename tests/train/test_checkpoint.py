@@ -189,14 +189,19 @@ def test_hostile_pieces_are_one_sentence(starts: Any, length: int, dtype: str, s
 
 def test_overlapping_pieces_and_pieces_in_two_files_are_told_apart(tmp_path: Path) -> None:
     first, second = (tmp_path / name for name in ("a", "b"))
-    for file, start, length in ((first, 0, 5), (second, 4, 4)):
-        save_file({"parameter.norm": torch.ones(length)}, file, {"starts": json.dumps({"norm": start})})
-    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"parameter\.norm do not cover"):
-        module.open_pieces(tmp_path, {"norm": [8]}, ["a", "b"], stack)
-    save_file({"parameter.norm": torch.ones(3)}, second, {"starts": json.dumps({"norm": 5})})
+
+    def write(*pieces: tuple[int, int]) -> None:
+        for file, (start, length) in zip((first, second), pieces, strict=True):
+            save_file({"parameter.norm": torch.ones(length)}, file, {"starts": json.dumps({"norm": start})})
+
+    for pieces in (((0, 5), (4, 4)), ((0, 8), (4, 4)), ((0, 8), (0, 8)), ((0, 4), (5, 3))):
+        write(*pieces)
+        with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"parameter\.norm do not cover"):
+            module.open_pieces(tmp_path, {"norm": [8]}, ["a", "b"], stack)
+    write((0, 5), (5, 3))
     with contextlib.ExitStack() as stack:
-        pieces = module.open_pieces(tmp_path, {"norm": [8]}, ["b", "a"], stack)
-        assert [piece.start for piece in pieces["parameter.norm"]] == [0, 5]
+        found = module.open_pieces(tmp_path, {"norm": [8]}, ["b", "a"], stack)
+        assert [piece.start for piece in found["parameter.norm"]] == [0, 5]
 
 
 def test_the_shape_of_a_parameter_takes_no_memory_before_its_file_vouches_for_it(tmp_path: Path) -> None:

@@ -15,8 +15,17 @@ from mmtrain.config import Config, ModelConfig, UserError
 from mmtrain.models import build_model, count_parameters
 from mmtrain.train.activations import Precision, kept_by_block
 from mmtrain.train.distributed import World
-from mmtrain.train.engine import deepspeed_config
-from mmtrain.train.memory import BUCKET, available_bytes, choose_stage, estimate, is_out_of_memory, out_of_memory
+from mmtrain.train.memory import (
+    BUCKET,
+    GATHERED,
+    PREFETCHED,
+    available_bytes,
+    choose_stage,
+    estimate,
+    is_out_of_memory,
+    out_of_memory,
+)
+from mmtrain.train.zero_config import deepspeed_config
 from tests.train.memory_cases import STAGES, VOCABULARY, batch, configure, measured
 
 SIZES = (65536, 4096)  # vocabulary, positions
@@ -76,9 +85,10 @@ def test_a_training_step_takes_what_is_estimated(dtype: str, checkpointing: bool
 
 
 def test_the_buckets_are_those_that_deepspeed_is_told() -> None:
-    settings = deepspeed_config(configure(2, "bf16", 4, 256, 2), 4, 2)["zero_optimization"]
+    settings = deepspeed_config(configure(3, "bf16", 4, 256, 2), 4, 2)["zero_optimization"]
     assert settings["reduce_bucket_size"] == BUCKET
-    assert not {name for name in settings if name.startswith("stage3_")}, "memory.py counts with DeepSpeed's defaults"
+    assert settings["stage3_prefetch_bucket_size"] == PREFETCHED
+    assert settings["stage3_max_live_parameters"] == GATHERED
 
 
 @pytest.mark.slow

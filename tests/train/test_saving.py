@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from mmtrain.config import UserError
+from mmtrain.config import UserError, write_text_atomic
 from mmtrain.train import checkpoint, saving
 from mmtrain.train.checkpoint import fill, latest_checkpoint, newest, read_checkpoint, tensors_name
 from mmtrain.train.distributed import World
@@ -102,7 +102,7 @@ def test_only_keep_remain_and_multiples_of_keep_every(tmp_path: Path) -> None:
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    flip(save(tmp_path, 20) / "state.json")
+    flip(save(tmp_path, 20) / ONE_FILE)
     save(tmp_path, 10, keep=1)
     found, complaints = latest_checkpoint(tmp_path)
     assert found is not None and found.step == 10 and len(complaints) == 1
@@ -224,10 +224,13 @@ FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.lis
 
 
 def durable(file: Path | int) -> str:
-    """A line of the log: which file, its size, the names in it where it is a folder."""
+    """A line of the log: which file, its size, and which files have which names in it where it is a folder."""
     found = os.stat(file)
-    listing = sorted(os.listdir(file)) if stat.S_ISDIR(found.st_mode) else []
-    return json.dumps({"inode": found.st_ino, "bytes": found.st_size, "names": listing})
+    entries = {}
+    if stat.S_ISDIR(found.st_mode):
+        with os.scandir(file) as there:
+            entries = {entry.name: entry.inode() for entry in there}
+    return json.dumps({"inode": found.st_ino, "bytes": found.st_size, "names": entries})
 
 
 def save_and_die(folder: Path, log: Path, event: int, num_bytes: int) -> None:
@@ -268,13 +271,13 @@ def cut_power(folder: Path, log: Path) -> None:
         record = json.loads(line)
         flushed[record.get("inode")] = record
     for path in sorted([folder, *folder.rglob("*")], reverse=True):
-        record = flushed.get(path.stat().st_ino, {"bytes": 0, "names": []})
+        record = flushed.get(path.stat().st_ino, {"bytes": 0, "names": {}})
         if path.is_file():
             os.truncate(path, min(record["bytes"], path.stat().st_size))
-        else:
-            for name in set(os.listdir(path)) - set(record["names"]):
-                lost = path / name
-                shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+            continue
+        for entry in list(path.iterdir()):
+            if record["names"].get(entry.name) != entry.stat().st_ino:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def prepare(folder: Path, log: Path) -> None:
@@ -363,13 +366,23 @@ def test_each_rank_writes_its_share_and_all_of_it_is_one_checkpoint(size: int, t
 
 def faults_on_two_ranks(world: World, folder: Path) -> list[Any]:
     def broken(path: Path, *_: object) -> Any:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
+    def report(path: Path, text: str) -> None:
+        nonlocal attempts
+        attempts += "failure" in text
+        if "failure" in text and (attempts < 3 or path.with_suffix("").exists()):  # its own file takes the room
+            raise OSError(28, "No space left on device")
+        write_text_atomic(path, text)
 
     def dumb(path: Path, *_: object) -> Any:
         threading.Event().wait()
 
     seen: list[Any] = [save_on(world, folder, 5)[0]]
-    for write, patience in ((broken, 30), (dumb, 0.3)):
+    attempts = 0
+    saving.write_text_atomic = report
+    for write, patience in ((broken, 5), (dumb, 0.3)):
         saving.write_tensors = write if world.rank == 1 else write_tensors
         saver = Saver(folder, world, keep=1, patience_seconds=patience)
         saver.save(fragments(10, world.rank, 2), SHAPES, {"step": 10})
