@@ -197,7 +197,7 @@ def test_the_script_starts_the_rank_of_a_slurm_task(tmp_path: Path, programs: Pa
 
 
 def test_the_script_ends_all_ranks_when_one_fails_and_keeps_its_code(tmp_path: Path, programs: Path) -> None:
-    program(programs, "python", '[ "$RANK" = 2 ] && exit 2; exec sleep 15')
+    program(programs, "python", '[ "$RANK" = 2 ] && exit 2; exec sleep 60')
     assert worker_script(tmp_path, **NODE).returncode == 2
 
 

@@ -272,6 +272,7 @@ def test_a_second_signal_ends_everything_at_once(parent: Parent) -> None:
 def test_workers_save_although_the_launcher_was_ended_by_the_same_signal(parent: Parent) -> None:
     for process in [psutil.Process(parent.process.pid), *parent.family]:
         process.terminate()
+    parent.process.join(2.0)  # longer than what is left over may live
     (parent.run / "may-stop").touch()
     assert parent.end()[0] == 0
     assert rows(parent.run)[-1]["code"] == -signal.SIGTERM
