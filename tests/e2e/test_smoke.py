@@ -14,6 +14,7 @@ from PIL import Image
 from mmtrain import cli
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import read_metrics
+from mmtrain.train.checkpoint import sealed
 from mmtrain.verbs.generate import shown
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
 
@@ -184,14 +185,14 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(here: Smoke, capsys) -> N
         "bytes": state.stat().st_size,
         "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
     }
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(content)))
     assert text != state.read_text()
     assert cli.main(["generate", "run=runs/foreign", "generate.prompts=[a]"]) == 2
     assert "another vocabulary" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_run_as_it_was(smoke: Smoke) -> None:
-    """A real limit on the size of files; training stops at the first checkpoint, which nobody can see later."""
+    """A real limit on the size of files: every checkpoint fails and is said, the last one ends the run."""
     limit = ("prlimit", "--fsize=100000")
     words = ("train", *SETTINGS, "name=full", "engine.ranks=1", "track.wandb=disabled")
     done = mmtrain(*words, cwd=smoke.folder, before=limit)

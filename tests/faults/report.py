@@ -1,6 +1,6 @@
 """docs/reliability.md from the rows that the fault tests wrote.
 
-MMTRAIN_FAULT_REPORT=faults.jsonl MMTRAIN_KILLS=20 python -m pytest -m faults tests
+MMTRAIN_FAULT_REPORT=faults.jsonl python -m pytest -m faults tests
 python -m tests.faults.report faults.jsonl > docs/reliability.md
 """
 
@@ -16,7 +16,7 @@ Every row below is a test that breaks a real run on purpose: real processes in a
 files, real signals. The table is written by these tests:
 
 ```bash
-MMTRAIN_FAULT_REPORT=faults.jsonl MMTRAIN_KILLS=20 python -m pytest -m faults tests
+MMTRAIN_FAULT_REPORT=faults.jsonl python -m pytest -m faults tests
 python -m tests.faults.report faults.jsonl > docs/reliability.md
 ```
 

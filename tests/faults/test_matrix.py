@@ -36,7 +36,7 @@ STAGES = {"ddp": {"engine__kind": "ddp"}} | {
     f"zero{stage}": {"engine__stage": stage, "engine__dtype": "fp32"} for stage in range(4)
 }
 SAME = "ends bit-equal to an uninterrupted run, losses and state"
-KILLS = int(os.environ.get("MMTRAIN_KILLS", "4"))  # per stage; the table in docs was made with 20
+KILLS = int(os.environ.get("MMTRAIN_KILLS", "4"))  # per stage
 
 Straight = Callable[..., Path]
 Table = Callable[..., None]
