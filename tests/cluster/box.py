@@ -163,9 +163,8 @@ class Box:
 
     def start_ssh(self, name: str) -> None:
         """A host takes ssh connections."""
-        words = ("-f", f"{self.folder}/sshd_config", "-h", f"{self.folder}/{name}.hostkey")
-        words += ("-E", f"{self.folder}/{name}.log")
-        self.check(name, "/usr/sbin/sshd", *words)
+        log, settings, key = (f"{self.folder}/{file}" for file in (f"{name}.log", "sshd_config", f"{name}.hostkey"))
+        self.check(name, "/usr/sbin/sshd", "-E", log, "-f", settings, "-h", key)
 
     def _title(self, name: str) -> str:
         return f"{name}@{self.folder}"

@@ -17,7 +17,7 @@ from tests.cluster.box import Box, kill, missing
 from tests.e2e.conftest import environment, mmtrain
 from tests.e2e.test_recovery import rows
 
-STEPS, CHECKPOINT_EVERY = 60, 15
+STEPS, CHECKPOINT_EVERY = 40, 10
 SETTINGS = ("experiment=smoke", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}")
 COMPARED = re.compile(r"(val_)?loss(_\w+)?|grad_norm|tokens|lr")
 OURS = ("mmtrain", "deepspeed.launcher", "pdsh")
@@ -90,13 +90,15 @@ def left_over(box: Box, name: str) -> dict[int, list[str]]:
     return {pid: words for pid, words in box.processes(name).items() if any(w in word for word in words for w in OURS)}
 
 
-def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:
-    """Wait until a condition holds, while the process runs."""
+def wait_for(
+    condition: Callable[[], Any], what: str, process: "subprocess.Popen[bytes] | None" = None, every: float = 0.005
+) -> None:
+    """Wait until a condition, asked for each `every` seconds, holds, while the process runs."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not condition():
         assert process is None or process.poll() is None, f"the command ended with {process.returncode}, not {what}"
         assert time.monotonic() < deadline, f"not {what} after {LIMIT_SECONDS:.0f} s"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def step_of(run: Path) -> int:

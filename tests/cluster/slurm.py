@@ -1,13 +1,15 @@
 """A real Slurm in the box: munge and slurmctld on the first host, munge and slurmd on the others.
 
-    python -m tests.cluster.slurm    # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
-    . /tmp/mmtrain-box/slurm.sh; python -m tests.cluster.box run head sinfo
+    python -m tests.cluster.slurm       # in a box that is up (Debian: slurmctld slurmd slurm-client munge)
+    export SLURM_CONF=/tmp/mmtrain-box/slurm.conf
+    python -m tests.cluster.box run head sinfo
 """
 
 import secrets
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.cluster.box import Box, default_folder
 
@@ -53,7 +55,6 @@ class Slurm:
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
         self.config.write_text(CONFIG.format(folder=self.box.folder, head=self.head, nodes=",".join(self.nodes)))
-        (self.box.folder / "slurm.sh").write_text(f"export SLURM_CONF={self.config}\n")
         key = self.box.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
@@ -74,9 +75,10 @@ class Slurm:
         """Run a Slurm command on the first host; returns its output."""
         return self.box.check(self.head, "env", f"SLURM_CONF={self.config}", *words)
 
-    def submit(self, *words: str) -> str:
-        """`sbatch WORDS`; returns the id of the job."""
-        return self("sbatch", "--parsable", *words).strip()
+    def submit(self, folder: Path, *words: str, **variables: str) -> str:
+        """`sbatch WORDS` in a folder, with variables for the job; returns its id."""
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        return self("env", f"--chdir={folder}", *settings, "sbatch", "--parsable", *words).strip()
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
@@ -85,7 +87,8 @@ class Slurm:
 
     def states(self) -> dict[str, str]:
         """State of each node: idle, alloc, down, ..."""
-        return dict(row.split() for row in self("sinfo", "-hN", "-o", "%N %t").splitlines())
+        rows = self("sinfo", "-hN", "-o", "%N %t").splitlines()
+        return dict(row.split() for row in rows)
 
     def wait(self, condition: Callable[[], bool], complaint: str, seconds: float = 60) -> None:
         """Wait for a condition; raises TimeoutError with the complaint and the end of the controller's log."""

@@ -22,7 +22,7 @@ from tests.cluster.conftest import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-FAULT_AT = CHECKPOINT_EVERY + 5
+FAULT_AT = CHECKPOINT_EVERY + 3
 WORKER = ["-m", "mmtrain.train.worker"]
 
 

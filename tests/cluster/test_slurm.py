@@ -1,0 +1,81 @@
+"""launch/slurm.sbatch on a real Slurm of two nodes: saved on a signal, queued again, killed, ends as if nothing was."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.box import Box
+from tests.cluster.conftest import (
+    CHECKPOINT_EVERY,
+    SETTINGS,
+    STEPS,
+    assert_equal,
+    need,
+    step_of,
+    wait_for,
+)
+from tests.cluster.slurm import Slurm, missing
+from tests.e2e.conftest import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+WITHOUT_GPUS = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+SIGNAL_AT, CRASH_AT = CHECKPOINT_EVERY + 2, 2 * CHECKPOINT_EVERY + 4
+
+
+@pytest.fixture(scope="module")
+def slurm(lasting_box: Box) -> Slurm:
+    need(missing())
+    slurm = Slurm(lasting_box)
+    slurm.start()
+    return slurm
+
+
+@pytest.fixture
+def checkout(straight: Path) -> Path:
+    """The folder of the other runs as a checkout: the real scripts, with the Python of the tests."""
+    folder = straight.parents[1]
+    if not (folder / "launch").exists():
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, words in {"python": "", "mmtrain": "-m mmtrain"}.items():
+            (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+            (programs / name).chmod(0o755)
+        lines = f"mmtrain_root={folder}\nexport PATH={programs}:$PATH\n"
+        (folder / "launch" / "environment.sh").write_text(lines)
+    return folder
+
+
+def test_a_job_that_is_saved_and_queued_again_and_then_loses_a_node_ends_as_if_nothing_was(
+    slurm: Slurm, box: Box, checkout: Path, straight: Path
+) -> None:
+    run, log = straight.with_name("slurm"), checkout / "slurm.log"
+    words = (*WITHOUT_GPUS, f"--output={log}", "launch/slurm.sbatch", *SETTINGS, "name=slurm")
+    job = slurm.submit(checkout, *words, PYTHONPATH=str(ROOT), WANDB_MODE="offline")
+
+    def wait_until(done: Callable[[dict[str, str]], bool], what: str) -> None:
+        def reached() -> bool:
+            state = slurm.job(job)
+            assert state["JobState"] not in ("FAILED", "CANCELLED", "TIMEOUT"), log.read_text()
+            return done(state)
+
+        wait_for(reached, what, every=0.05)
+
+    wait_until(lambda state: step_of(run) >= SIGNAL_AT, f"at step {SIGNAL_AT}")
+    slurm("scancel", "--signal=USR1", job)  # what Slurm itself sends before the time limit
+    wait_until(lambda state: state["Restarts"] == "1", "queued again")
+    assert SIGNAL_AT <= step_of(run) < CRASH_AT
+
+    wait_until(lambda state: step_of(run) >= CRASH_AT, f"at step {CRASH_AT}")
+    box.crash("node-2")
+    box.power_on("node-2")
+    slurm.start_node("node-2")
+    wait_until(lambda state: int(state["Restarts"]) > 1, "queued again after the crash")
+    assert step_of(run) < STEPS
+    wait_until(lambda state: state["JobState"] == "COMPLETED", "finished")
+    assert_equal(run, straight)
+    said = log.read_text()
+    assert "step 1/" in said and "stopped and saved: queueing" in said and said.count("resuming at step") >= 2
