@@ -123,12 +123,12 @@ def new_engine(name: str, world: World, accumulation: int = 1) -> Engine:
     return build_engine(new_model(config), config, world, accumulation)
 
 
-def whole_state(engine: Engine, world: World) -> State:
+def whole_state(engine: Engine, world: World, sizes: dict[str, int] = SIZES) -> State:
     """KIND.NAME -> flat tensor, put together on every rank from what each rank owns; NaN where nobody owns it."""
     state: State = {}
     own = [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in engine.owned()]
     for name, start, tensors in sum(world.gather(own), []):
-        size = SIZES[name]
+        size = sizes[name]
         for kind, tensor in tensors.items():
             flat = state.setdefault(f"{kind}.{name}", torch.full((size,), float("nan")))
             assert flat[start : start + len(tensor)].isnan().all(), f"{name} is owned twice"
