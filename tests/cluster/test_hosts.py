@@ -21,7 +21,7 @@ from tests.cluster.conftest import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 FAULT_AT = CHECKPOINT_EVERY + 3
 WORKER = ["-m", "mmtrain.train.worker"]
 

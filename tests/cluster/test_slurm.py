@@ -20,7 +20,7 @@ from tests.cluster.conftest import (
 from tests.cluster.slurm import Slurm, missing
 from tests.e2e.conftest import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 WITHOUT_GPUS = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 SIGNAL_AT, CRASH_AT = CHECKPOINT_EVERY + 2, 2 * CHECKPOINT_EVERY + 4
 

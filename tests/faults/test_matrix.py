@@ -31,7 +31,7 @@ from tests.faults.ranks import (
     state,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 STAGES = {"ddp": {"engine__kind": "ddp"}} | {
     f"zero{stage}": {"engine__stage": stage, "engine__dtype": "fp32"} for stage in range(4)
 }
