@@ -21,7 +21,7 @@ STEPS, CHECKPOINT_EVERY = 40, 10
 SETTINGS = ("experiment=smoke", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}")
 COMPARED = re.compile(r"(val_)?loss(_\w+)?|grad_norm|tokens|lr")
 OURS = ("mmtrain", "deepspeed.launcher", "pdsh")
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 200.0
 
 
 def need(reason: str) -> None:

@@ -71,10 +71,11 @@ def test_a_job_that_is_saved_and_queued_again_and_then_loses_a_node_ends_as_if_n
 
     wait_until(lambda state: step_of(run) >= CRASH_AT, f"at step {CRASH_AT}")
     box.crash("node-2")
+    wait_until(lambda state: state["Restarts"] == "2", "queued again by Slurm")
+    assert step_of(run) < STEPS
     box.power_on("node-2")
     slurm.start_node("node-2")
-    wait_until(lambda state: int(state["Restarts"]) > 1, "queued again after the crash")
-    assert step_of(run) < STEPS
+    # Slurm keeps the order to end the job on the lost node; when that hits the new start, there is one more.
     wait_until(lambda state: state["JobState"] == "COMPLETED", "finished")
     assert_equal(run, straight)
     said = log.read_text()
