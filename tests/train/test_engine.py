@@ -17,14 +17,14 @@ OFFLOAD = ("zero1-offload", "zero2-offload", "zero3-offload", "zero3-offload-par
 OFFLOAD_BF16 = ("zero1-offload-bf16", "zero3-offload-all-bf16")
 MUON = ("ddp-muon", "ddp-muon-bf16")
 ALL = FP32 + BF16 + OFFLOAD + OFFLOAD_BF16 + MUON
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # on a busy machine
 
 
 def run_cases(ranks: int, out: Path) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     script = str(Path(__file__).with_name("engine_cases.py"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, script, str(out)], env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run([*launcher, script, str(out)], env=environment, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / f"world-{ranks}.json").read_text())
 

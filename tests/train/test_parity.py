@@ -20,7 +20,7 @@ from tests.train.parity_cases import BF16_ENGINES, CLIP, FP32_ENGINES, STEPS, Ca
 ROOT = Path(__file__).parents[2]
 FP32 = {"loss": 1e-6, "norm": 1e-6, "weights": 1e-5, "elements": 2e-5}
 BF16 = {"loss": 1e-3, "norm": 5e-2, "weights": 1e-1}
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # on a busy machine
 
 
 def run_cases(out: Path) -> dict[str, Rows]:
@@ -28,7 +28,7 @@ def run_cases(out: Path) -> dict[str, Rows]:
     script = str(Path(__file__).with_name("parity_cases.py"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, script, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-4000:]
     legs = [json.loads((out / f"rows-{leg}.json").read_text()) for leg in range(4)]
     return {name: rows for leg in legs for name, rows in leg.items()}
