@@ -6,8 +6,9 @@
     python -m tests.cluster.box down
 
 A host is a set of Linux namespaces that live as long as their first process; the hosts hang on a bridge in one more
-such set, the switch. All of them see the file system of this machine, except for /run, /etc/hosts and the settings of
-ssh, which are private, so that nothing outside the box changes and boxes do not meet each other.
+such set, the switch. All of them see the file system of this machine, except for /run, /etc/hosts, the settings of ssh
+and the start-up file of root's shell (what it does, a crash would leave half done outside the box), which are private,
+so that nothing outside the box changes and boxes do not meet each other.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ class Box:
             with open(self.folder / "hosts", "a") as hosts, open(self.folder / "known_hosts", "a") as known:
                 hosts.write(f"{self.address(name)} {name}\n")
                 known.write(f"{name},{self.address(name)} {key.with_suffix('.hostkey.pub').read_text()}")
+        (self.folder / "bashrc").touch()
         (self.folder / "ssh_config").write_text(SSH_CONFIG.format(folder=self.folder))
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=self.folder))
         self._start(SWITCH, lasting)
@@ -143,7 +145,9 @@ class Box:
         self.check(SWITCH, "ip", "link", "set", name, "master", "bridge", "up")
         script = (
             f"mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && mount --bind {self.folder}/hosts /etc/hosts && "
-            f"mount --bind {self.folder}/ssh_config /etc/ssh/ssh_config && hostname {name} && ip link set lo up && "
+            f"mount --bind {self.folder}/ssh_config /etc/ssh/ssh_config && "
+            f"{{ [ ! -e ~/.bashrc ] || mount --bind {self.folder}/bashrc ~/.bashrc; }} && "
+            f"hostname {name} && ip link set lo up && "
             f"ip address add {self.address(name)}/24 dev eth0 && ip link set eth0 up"
         )
         self.check(name, "sh", "-c", script)
