@@ -347,7 +347,7 @@ class _Remote(Store):
         digest, size = hashlib.sha256(), 0
         file.seek(0)
         with self._open_filesystem().open(url, "rb", **options) as remote:
-            while chunk := remote.read(_CHUNK_BYTES):
+            while chunk := remote.read(min(_CHUNK_BYTES, limit + 1 - size)):
                 size += len(chunk)
                 if size > limit:
                     return size, ""
