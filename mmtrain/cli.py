@@ -1,13 +1,17 @@
 """`mmtrain VERB [settings]`: finds the verb, imports it alone, and turns mistakes into one sentence.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 128 + number ended by a signal (130: Ctrl-C).
 """
 
+import contextlib
 import errno
 import importlib
 import keyword
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 from mmtrain import __version__
 from mmtrain.config.errors import UserError
@@ -18,11 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with _ending_cleanly():
+            return _dispatch(arguments)
     except UserError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        return _fail(f"interrupted ({number.name})", 128 + number)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; nothing is left to say, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -32,6 +38,24 @@ def main(argv: list[str] | None = None) -> int:
         if sentence is None:
             raise
         return _fail(sentence, 2)
+
+
+@contextlib.contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end a verb as Ctrl-C does: with all that it does at its end (`train` has its own way)."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def test_a_folder_of_your_own_is_listed_and_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted (SIGINT)"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"), 2, "runs/x/metrics.jsonl"),
     ],
 )
@@ -122,6 +123,24 @@ def test_what_stops_a_verb_is_one_sentence(error, code, words, monkeypatch, caps
     monkeypatch.setattr("mmtrain.verbs.ls.main", stop)
     assert cli.main(["ls"]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_verb_with_all_that_it_does_at_its_end(number, monkeypatch, capsys) -> None:
+    ended = []
+
+    def work(arguments: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            ended.append(True)
+        return 0
+
+    monkeypatch.setattr("mmtrain.verbs.ls.main", work)
+    before = signal.getsignal(number)
+    assert cli.main(["ls"]) == 128 + number and ended
+    assert f"interrupted ({number.name})" in capsys.readouterr().err and signal.getsignal(number) == before
 
 
 def test_an_error_of_mmtrain_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import queue
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from mmtrain.config import UserError
+from mmtrain.config.signals import deaf_children
 from mmtrain.stream.batch import Batch, BatchCounts, interleave
 from mmtrain.stream.stream import Stream, merge_states
 
@@ -133,7 +133,8 @@ class _Process:
         self._batches, batches = context.Pipe(duplex=False)
         self._states, states = context.Pipe()
         self._process = context.Process(target=_work, args=(stream, steps, rank, world, batches, states), daemon=True)
-        self._process.start()
+        with deaf_children():
+            self._process.start()
         batches.close()
         states.close()
 
@@ -171,7 +172,6 @@ def _work(
     stream: Stream, steps: Sequence[int], rank: int, world: int, batches: Connection, states: Connection
 ) -> None:
     """Send a batch, as numpy arrays, for each of `steps`, and meanwhile a state for each step received."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     torch.set_num_threads(1)
 
     def answer() -> None:

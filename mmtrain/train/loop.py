@@ -56,6 +56,8 @@ class Run:
     """Of every parameter, by name."""
     step: int = 0
     tokens: int = 0
+    owes_validation: bool = False
+    """Whether a stop kept the validation after this step from being done."""
     weights: str = ""
     """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
     slow_windows: dict[tuple[int, str], int] = field(default_factory=dict)
@@ -81,14 +83,15 @@ def train(run: Run) -> dict[str, Any]:
     if world.device.type == "cpu" and peak:
         run.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
     row: dict[str, Any] = {}
-    with run.stopping.listening():
-        if config.train.dry_run and run.step < steps:
-            dry_run(run)
-        while run.step < steps and not run.stopping.reason:
-            batch_index = run.health.skips.batch_index
-            wanted = range(batch_index(run.step), batch_index(steps - 1) + 1)
-            with prefetch(run.stream, wanted, world.rank, world.size) as batches:
-                row = advance(run, batches, peak)
+    if config.train.dry_run and run.step < steps:
+        dry_run(run)
+    if run.owes_validation and (row := validate(run)) and run.tracker:
+        run.tracker.log(run.step, row)
+    while run.step < steps and not run.stopping.reason:
+        batch_index = run.health.skips.batch_index
+        wanted = range(batch_index(run.step), batch_index(steps - 1) + 1)
+        with prefetch(run.stream, wanted, world.rank, world.size) as batches:
+            row = advance(run, batches, peak)
     with run.sections("checkpoint"):
         failure = run.saver.wait()
     for sentence in run.saver.poll():
@@ -136,10 +139,10 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
             raise UserError(verdict.stop)
         if verdict.rollback and roll_back(run, batches, verdict.rollback):
             return row
-        if due(run.step, config.train.evaluate_every, steps) and not is_last:
+        run.owes_validation = due(run.step, config.train.evaluate_every, steps)
+        if run.owes_validation and not is_last:
             paused = time.perf_counter()
-            with sections("evaluate"):
-                row |= evaluate(run)
+            row |= validate(run)
             window.started += time.perf_counter() - paused  # tokens/s and MFU are those of training
             saving = saving or bool(run.stopping.reason)
         if row and run.tracker:
@@ -311,6 +314,14 @@ def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
     return row
 
 
+def validate(run: Run) -> dict[str, Any]:
+    """Losses on the validation batches; a stop in between leaves them to the next start of the run."""
+    with run.sections("evaluate"):
+        losses = evaluate(run)
+    run.owes_validation = not losses
+    return losses
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
     """Losses on the validation batches, which are the same at every call; nothing when a stop came in between."""
@@ -341,6 +352,7 @@ def save(run: Run, stream: dict[str, Any]) -> None:
         "updates": run.engine.updates(),
         "tokens": run.tokens,
         "stream": stream,
+        "owes_validation": run.owes_validation,
         "health": run.health.state(),
         "spikes": run.detector.state(),
         "ledger": run.ledger.state(),
@@ -361,6 +373,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     fill(checkpoint, run.engine.held())
     run.engine.restored(int(state["updates"]))
     run.stream.load(state["stream"])
+    run.owes_validation = bool(state.get("owes_validation"))
     run.health.load(state["health"])
     run.detector.load(state["spikes"])
     run.ledger.load(state["ledger"])

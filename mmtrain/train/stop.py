@@ -1,4 +1,6 @@
-"""Signals to `mmtrain train` become the file RUN/stop, which the workers obey on whatever host they are."""
+"""Signals that ask a command to come to an end; to `mmtrain train` they become the file RUN/stop, which the workers
+obey on whatever host they are.
+"""
 
 import os
 import signal
@@ -7,23 +9,24 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Self
 
 STOP = "stop"
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FINAL = (signal.SIGINT, signal.SIGTERM)  # SIGUSR1 announces a time limit: the SIGTERM that follows is still the first
 
 
-class StopRequest:
-    """While open, a signal asks the workers of `run_dir` to save and stop; a second one raises SystemExit."""
+class StopSignals:
+    """While open, a signal only makes `asked` true; a second one raises SystemExit."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / STOP
+    def __init__(self, doing: str, afterwards: str) -> None:
+        """Both are for the user: what happens now, and what after a second signal."""
         self.asked = False
+        self._doing, self._afterwards = doing, afterwards
         self._finals = 0
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> "StopRequest":
-        self.file.unlink(missing_ok=True)
+    def __enter__(self) -> Self:
         for number in ASKING:
             previous = signal.getsignal(number)
             if number != signal.SIGHUP or previous != signal.SIG_IGN:  # nohup
@@ -36,6 +39,32 @@ class StopRequest:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._finals += number in FINAL
+        if self._finals > 1:
+            _say(f"ending at once; {self._afterwards}")
+            sys.exit(128 + number)
+        if not self.asked:
+            self.asked = True
+            _say(f"{self._doing}; press Ctrl-C again to end at once")
+
+
+class StopRequest(StopSignals):
+    """While open, a signal asks the workers of `run_dir` to save and stop; a second one raises SystemExit."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__("stopping after this step, saving", "the same command goes on from the last checkpoint")
+        self.file = run_dir / STOP
+
+    def __enter__(self) -> Self:
+        self.file.unlink(missing_ok=True)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self.file.unlink(missing_ok=True)
 
     def insist(self) -> None:
@@ -50,14 +79,8 @@ class StopRequest:
             time.sleep(0.1)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._finals += number in FINAL
-        if self._finals > 1:
-            _say("ending at once; the same command goes on from the last checkpoint")
-            sys.exit(128 + number)
-        if not self.asked:
-            self.asked = True
-            self.file.touch()
-            _say("stopping after this step, saving; press Ctrl-C again to end at once")
+        super()._ask(number, frame)
+        self.insist()
 
 
 def stop_when_orphaned(run_dir: Path) -> "subprocess.Popen[bytes]":

@@ -3,10 +3,8 @@
 SIGTERM and SIGUSR1 to any rank, or a file RUN/stop, which reaches ranks on other hosts too.
 """
 
-import contextlib
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,19 +32,17 @@ class Stopping:
         self._vote = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals within; a file left by an earlier run is removed."""
+    def listen(self) -> None:
+        """Handle the signals from now on, until this process ends: one that comes after the last step must not end
+        it in the middle of its farewell. A file left by an earlier run is removed."""
+        self.forget()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def forget(self) -> None:
+        """Remove the file, on rank 0."""
         if self.world.rank == 0:
             self.file.unlink(missing_ok=True)
-        previous = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            if self.world.rank == 0:
-                self.file.unlink(missing_ok=True)
 
     def ask(self) -> None:
         """Begin the vote; every rank must call it at the same places."""

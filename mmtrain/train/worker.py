@@ -18,6 +18,7 @@ import torch
 
 from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
+from mmtrain.config.signals import deaf_children
 from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, check_attention, count_parameters, num_positions
@@ -57,12 +58,14 @@ def main() -> int:
     config = load_frozen(folder / "config.yaml")
     watchdog = Watchdog(folder / "logs", int(os.environ.get("RANK", 0)), section_limits(config.health))
     world = start_world(process_group_timeout(config.health))
+    stopping = Stopping(folder, world)
     run = None
     code = 1
     try:
         with claim(folder) if world.rank == 0 else contextlib.nullcontext():
+            stopping.listen()
             check_ranks(world, folder)
-            run = build_run(folder, config, world, watchdog)
+            run = build_run(folder, config, world, watchdog, stopping)
             train(run)
             code = 0
     except UserError as error:
@@ -110,6 +113,7 @@ def record_end(folder: Path, world: World, run: Run | None, code: int) -> None:
     state = "failed" if code else "stopped" if run.stopping.reason else "finished"
     reason = run.stopping.reason or ("" if code == 0 else f"exit code {code}")
     with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+        run.stopping.forget()
         write_status(folder, state, run.step, reason)
         end_segment(folder, run.step, reason or state)
 
@@ -125,7 +129,7 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) -> Run:
+def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, stopping: Stopping) -> Run:
     """Open the artifacts, build stream, model and engine, and continue from the latest checkpoint."""
     check_batch(config, world.size)
     check_attention(config.model.attention, world.device)
@@ -178,7 +182,7 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) ->
         detector=SpikeDetector(config.health.spike_window, config.health.spike_sigma, world.device),
         sections=Sections(world.device, watchdog.enter),
         watchdog=watchdog,
-        stopping=Stopping(folder, world),
+        stopping=stopping,
         tracker=None,
         run_id=checkpoint.state["run_id"] if checkpoint else first_run_id(folder),
         accumulation=accumulation,
@@ -201,7 +205,8 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog) ->
         write_text_atomic(folder / "engine.json", json.dumps(engine.effective(), indent=1) + "\n")
         write_status(folder, "running", run.step, "")
         start_segment(folder, run.step, world.size)
-        run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
+        with deaf_children():  # the service of W&B
+            run.tracker = Tracker(folder, config, config.train.steps, run.run_id, run.step)
     return run
 
 

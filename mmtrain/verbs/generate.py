@@ -21,6 +21,7 @@ from mmtrain.documents.corpus import printable
 from mmtrain.flops import forward_flops
 from mmtrain.generate import DRAWING_TASKS, Request, Sample, SamplingSettings, check
 from mmtrain.track import closing_box
+from mmtrain.train.stop import StopSignals
 from mmtrain.verbs.prompts import Asked, held_out, read_prompts, split_words, to_requests
 from mmtrain.verbs.samples import GRID, GRID_ROWS, RECORD, check_folder, output_folder, picture_grid, write_sample
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
@@ -48,14 +49,18 @@ def main(argv: list[str]) -> int:
     out = Path(os.path.abspath(g.out or default))
     check_folder(out, head["command"])
     samples = run.sampler.draw(tasks, sampling, g.num_samples, g.best_of, scorer(g))
-    with output_folder(out) as folder:
-        records = write_samples(run, asked, samples, folder)
-        record = head | {"samples": records}
+    stop = StopSignals("stopping with the next sample; those before it are kept", "nothing is kept")
+    with stop, output_folder(out) as folder:
+        records = write_samples(run, asked, samples, folder, stop)
+        total = len(asked) * g.num_samples
+        record = head | {"complete": len(records) == total, "samples": records}
         write_text_atomic(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths))
     places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / RECORD)}
     if (out / GRID).exists():
         places["grid"] = os.path.relpath(out / GRID)
+    if len(records) < total:
+        print(f"mmtrain: stopped after {len(records)} of {total} samples; the same command draws all of them")
     closing_box(f"{len(records)} samples of {head['checkpoint']}", places)
     return 0
 
@@ -116,9 +121,9 @@ def _digest(arrays: Sequence[np.ndarray | None]) -> str:
 
 
 def write_samples(
-    run: TrainedRun, asked: Sequence[Asked], samples: Iterator[Sample], folder: Path
+    run: TrainedRun, asked: Sequence[Asked], samples: Iterator[Sample], folder: Path, stop: StopSignals
 ) -> list[dict[str, Any]]:
-    """Write samples as they come, and print texts; returns their records."""
+    """Write samples as they come, until somebody asks to stop, and print texts; returns their records."""
     g = run.config.generate
     labels = [printable(one.text or str(one.picture)) for one in asked]
     total = len(asked) * g.num_samples
@@ -128,7 +133,7 @@ def write_samples(
     records: list[dict[str, Any]] = []
     rows = defaultdict[int, list[np.ndarray]](list)
     with nullcontext() if streams else show_progress(run.sampler, "sampling"):
-        while len(records) < total:
+        while len(records) < total and not stop.asked:
             if streams:
                 print(f"{labels[len(records) // g.num_samples]}: ", end="", flush=True)
             sample = next(samples)

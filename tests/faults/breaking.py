@@ -64,6 +64,40 @@ def _send(number: int, run: Any) -> None:
     os.kill(os.getpid(), number)
 
 
+def send_to_all(number: int) -> Action:
+    """This rank and all processes that it started get a signal, as Slurm sends it to a whole job."""
+    return partial(_send_to_all, number)
+
+
+def _send_to_all(number: int, run: Any) -> None:
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    assert len(children) >= 2, "the server of the processes that prepare batches, and one of these"
+    for process in children:
+        process.send_signal(number)
+    os.kill(os.getpid(), number)
+
+
+def at_the_end(rank: int, number: int) -> Callable[[int], None]:
+    """Training is done, and `rank` gets a signal while it says goodbye."""
+    return partial(_at_the_end, rank, number)
+
+
+def _at_the_end(only: int, number: int, rank: int) -> None:
+    from mmtrain.train import worker
+
+    original = worker.record_end
+
+    def record_end(*rest: Any) -> None:
+        os.kill(os.getpid(), number)
+        original(*rest)
+        os.kill(os.getpid(), number)
+
+    if rank == only:
+        worker.record_end = record_end
+
+
 def sleep(seconds: float) -> Action:
     return partial(_sleep, seconds)
 

@@ -162,9 +162,12 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, dict[str, Any]]:
-    """By step, what the last writing of its row says of losses, tokens and gradient."""
+    """By step, what is last written of losses, tokens and gradient; a validation made up for has a row of its own."""
     names = ("loss", "loss_text", "loss_image", "loss_special", "val_loss", "grad_norm", "tokens", "lr", "flops_total")
-    return {row["step"]: {name: row.get(name) for name in names} for row in logged(run)}
+    found: dict[int, dict[str, Any]] = {}
+    for row in logged(run):
+        found.setdefault(row["step"], {}).update({name: row[name] for name in names if name in row})
+    return found
 
 
 def state(run: Path) -> dict[str, Tensor]:

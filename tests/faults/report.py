@@ -36,7 +36,6 @@ network, and hosts that lie. What is not promised:
 
 - A step can only be as exact as its kernels. On CPU all are; on CUDA some sums depend on the order of threads.
 - A checkpoint is as durable as the file system's `fsync`.
-- A validation that a signal broke off is not done again after the resume.
 - A process that keeps Python's global lock is ended by a second watchdog with exit code 1 and no mark, and a process
   stopped for longer than a section's limit (SIGSTOP, a frozen virtual machine) may be taken for hanging.
 

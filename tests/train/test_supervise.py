@@ -217,6 +217,7 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.1)
 
     def run() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which is obeyed
         output = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.exit({"stopped": 0}.get(supervise(tmp_path, config()), 1))

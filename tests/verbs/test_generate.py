@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from mmtrain.tokens import Vocabulary
 from mmtrain.train.distributed import World
 from mmtrain.train.fragments import PARAMETER, whole
 from mmtrain.train.saving import Saver
+from mmtrain.verbs import generate as verb
 from mmtrain.verbs.prepare import prepare
 from mmtrain.verbs.prepared import PreparedCorpus
 
@@ -140,6 +144,26 @@ def test_every_task_leaves_its_files(capsys: pytest.CaptureFixture) -> None:
         page = Path("interleaved", sample["file"]).read_text()
         assert page.startswith("a page\n\n")
         assert all(f"![]({name})" in page and Path("interleaved", name).is_file() for name in sample["pictures"])
+
+
+def test_a_signal_keeps_what_was_drawn_and_the_same_command_draws_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("a red circle", "two blue squares", "generate.num_samples=2", "generate.batch_size=1")
+    whole = generate(*words, out="whole")
+    original, written = verb.write_sample, []
+
+    def write_sample(*rest: Any) -> Any:
+        written.append(True)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*rest)
+
+    monkeypatch.setattr(verb, "write_sample", write_sample)
+    cut = generate(*words, out="cut")
+    assert whole["complete"] and not cut["complete"] and cut["samples"] == whole["samples"][:3]
+    assert "stopped after 3 of 4 samples" in capsys.readouterr().out
+    assert generate(*words, out="cut") == whole and files("cut") == files("whole")
 
 
 def test_examples_and_the_best_of_several() -> None:
