@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from mmtrain.track import read_metrics
 from tests.cluster.box import Box, kill, missing
 from tests.e2e.conftest import environment, mmtrain
 from tests.e2e.test_recovery import rows
@@ -109,7 +110,8 @@ def step_of(run: Path) -> int:
 def losses(run: Path) -> dict[int, dict[str, Any]]:
     """What a run computed, by step; a repeated step counts as it was at last."""
     return {
-        row["step"]: {name: value for name, value in row.items() if COMPARED.fullmatch(name)} for row in rows(run)
+        row["step"]: {name: value for name, value in row.items() if COMPARED.fullmatch(name)}
+        for row in read_metrics(run / "metrics.jsonl")
     }
 
 
