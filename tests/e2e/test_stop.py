@@ -44,12 +44,8 @@ def test_a_stopped_run_goes_on_and_no_step_is_lost_or_repeated(folder: Path, smo
 
     done = mmtrain("train", *SETTINGS, "name=stopped", cwd=folder)
     assert f"resuming at step {status.step} of {STEPS}" in done.stdout
-    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
-    for step in range(1, STEPS + 1):
-        found, expected = last_of_step(run, step), last_of_step(smoke.run, step)
-        if step == status.step:  # it does not stay to measure
-            expected = {key: value for key, value in expected.items() if key in found}
-        assert found == expected
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 1))
+    assert all(last_of_step(run, step) == last_of_step(smoke.run, step) for step in range(1, STEPS + 1))
     assert json.loads((run / "ledger.json").read_text())["flops"]["repeated"] == 0
     assert [row["cause"] for row in attempts(run)[1::2]] == ["stopped", "finished"]
 
