@@ -199,10 +199,10 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
             f"at least {tokens_per_image + SHORTEST_CAPTION} is needed, or a smaller corpus.image_size"
         )
     retrieval = config.retrieval
-    if retrieval.enabled and retrieval.num_documents > retrieval.num_candidates:
+    if retrieval.enabled and retrieval.num_documents > 2 * retrieval.num_candidates:
         yield (
-            f"retrieval.num_documents={retrieval.num_documents} asks for more neighbours than "
-            f"retrieval.num_candidates={retrieval.num_candidates} stores"
+            f"retrieval.num_documents={retrieval.num_documents} asks for more documents than "
+            f"retrieval.num_candidates={retrieval.num_candidates} by text and as many by picture give"
         )
     objective = config.objective
     if objective.min_masks > objective.num_sentinels:

@@ -20,12 +20,13 @@ def training_sequences(
     config: ObjectiveConfig,
     rng: np.random.Generator,
     max_length: int,
+    max_retrieved: int = 0,
 ) -> list[TrainingSequence]:
     """Assemble the documents and apply the objective; a pure function of the arguments and the state of `rng`.
 
     query, each of retrieved: (n,) ids of one document. max_length: most ids of a sequence; a longer query is split
     into windows (`split_windows`), each with the retrieved documents that fit beside it. To fit, retrieved documents
-    go first, then masks.
+    go first, then masks. max_retrieved: most ids of retrieved documents (0: what fits).
     Raises UserError for a picture longer than a sequence.
     """
     limit = max_length - 2  # the two <eos>
@@ -35,7 +36,8 @@ def training_sequences(
     for number, window in enumerate(windows):
         num_masks = draw_num_masks(config, rng) if config.kind == "cm3" else 0
         num_masks = min(num_masks, (limit - len(window)) // TOKENS_PER_MASK)
-        fitting = fit_retrieved(documents, limit - len(window) - TOKENS_PER_MASK * num_masks)
+        room = limit - len(window) - TOKENS_PER_MASK * num_masks
+        fitting = fit_retrieved(documents, min(room, max_retrieved or room))
         tokens, num_retrieved = assemble(window, fitting, vocabulary)
         if config.kind == "cm3":
             sequence = cm3(tokens, num_retrieved, vocabulary, config, rng, num_masks)

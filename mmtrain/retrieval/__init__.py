@@ -1,13 +1,27 @@
-"""Neighbours of documents: encoders, exact search, the artifact, selection.
+"""Neighbours of documents: encoders, the index, the artifact of candidates, selection.
 
-In: document shards (a memory and queries) and a seed. Out: the neighbours of every query document as indices
-into the memory, and `Memory` to search with a text or a picture while generating.
+In: document shards by split (`train` is the memory) and a seed. Out: candidates of every document as windows of the
+memory, which of them a training sequence gets, and `Memory` to search with a text or a picture while generating.
 It must never return a document as its own neighbour, nor draw from anything but the keys it is given.
 """
 
 from mmtrain.retrieval.build import build_neighbours
-from mmtrain.retrieval.encode import encode_document
-from mmtrain.retrieval.neighbours import Memory, Neighbours
-from mmtrain.retrieval.selection import select
+from mmtrain.retrieval.encoders import Encoder, open_encoder
+from mmtrain.retrieval.memory import Memory
+from mmtrain.retrieval.neighbours import Hit, Neighbours
+from mmtrain.retrieval.selection import select, split_parts
+from mmtrain.retrieval.windows import window_document, window_tokens, windows_of
 
-__all__ = ["Memory", "Neighbours", "build_neighbours", "encode_document", "select"]
+__all__ = [
+    "Encoder",
+    "Hit",
+    "Memory",
+    "Neighbours",
+    "build_neighbours",
+    "open_encoder",
+    "select",
+    "split_parts",
+    "window_document",
+    "window_tokens",
+    "windows_of",
+]

@@ -20,6 +20,7 @@ CELLS = 8
 ORIENTATIONS = 8
 COLOR_LEVELS = 4
 PICTURE_FEATURES = CELLS * CELLS * (3 + ORIENTATIONS) + COLOR_LEVELS**3
+FLOPS_PER_PICTURE = 2 * PICTURE_FEATURES  # and component of the vector: the projection, next to which the rest is small
 # Number of the first edge direction of the cell that each pixel lies in.
 _ROW, _COLUMN = np.indices((PICTURE_SIZE, PICTURE_SIZE)) * CELLS // PICTURE_SIZE
 FIRST_EDGE = (_ROW * CELLS + _COLUMN) * ORIENTATIONS

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -158,11 +158,20 @@ def finish_documents(folder: Path, shards: Sequence[ShardInfo]) -> Manifest:
 
 
 def finish_tokens(
-    folder: Path, shards: Sequence[ShardInfo], vocabulary: Vocabulary, text_fingerprint: str, image_fingerprint: str
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    vocabulary: Vocabulary,
+    text_fingerprint: str,
+    image_fingerprint: str,
+    made_of: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Write vocabulary.json and the manifest of token shards 0..n-1; raises UserError as `finish_documents` does."""
+    """Write vocabulary.json and the manifest of token shards 0..n-1; raises UserError as `finish_documents` does.
+
+    made_of: more fingerprints for the manifest, such as that of the documents.
+    """
     vocabulary.save(Path(folder) / VOCABULARY)
     fingerprints = {"vocabulary": vocabulary.fingerprint, "text": text_fingerprint, "image": image_fingerprint}
+    fingerprints |= made_of or {}
     return _finish(Path(folder), TOKENS, shards, vocabulary.dtype.name, fingerprints)
 
 

@@ -127,7 +127,7 @@ class Lane:
             numbers = block * PLACES_BLOCK + np.arange(PLACES_BLOCK)
             known = (block, *self._orders[name].places(self._index + self._num_lanes * numbers))
             self._places[name] = known
-            self._sources[name].tokens.prefetch(known[2].tolist())
+            self._sources[name].prefetch(known[2].tolist())
         _, epochs, indices = known
         sequences = self._recipe.sequences(self._sources[name], int(epochs[offset]), int(indices[offset]))
         return [Waiting(name, number, sequence) for sequence in sequences]

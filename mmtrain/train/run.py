@@ -2,7 +2,7 @@
 
 RUN/
     config.yaml        frozen and resolved; all ranks read this file
-    artifacts.json     folders of documents, tokenizers, token shards, neighbours (relative to RUN), by source
+    artifacts.json     folders of documents, tokenizers, token shards, neighbours, inlined shards, by source
     environment.json   versions and machine
     metrics.jsonl  ledger.json  report.html  checkpoints/  samples/  logs/  wandb/
 """
@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegacon
 class Artifacts:
     """Folders that a run was made from: what depends on a source by its name, the first one being the main one.
 
-    neighbours is empty without retrieval.
+    neighbours is empty without retrieval; inlined has the candidates' tokens of the sources that read them there.
     """
 
     documents: dict[str, Path]
@@ -43,6 +43,7 @@ class Artifacts:
     image_tokenizer: Path
     tokens: dict[str, Path]
     neighbours: dict[str, Path]
+    inlined: dict[str, Path] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
@@ -76,7 +77,7 @@ class Artifacts:
             return found
 
         def by_source(name: str) -> dict[str, Path]:
-            paths = content[name] or {}
+            paths = content.get(name) or {}
             if isinstance(paths, str):  # a run of mmtrain 0.1: one source, whose name is that of the folder above
                 paths = {(run_dir / paths).resolve().parent.name: paths}
             return {source: folder(name, path) for source, path in paths.items()}
@@ -87,6 +88,7 @@ class Artifacts:
             folder("image_tokenizer", content["image_tokenizer"]),
             by_source("tokens"),
             by_source("neighbours"),
+            by_source("inlined"),
         )
 
     def flops(self) -> dict[str, int]:
@@ -95,7 +97,7 @@ class Artifacts:
         metrics = self.image_tokenizer / "metrics.json"
         if metrics.is_file():
             books["image_tokenizer_train"] = int(json.loads(metrics.read_text())["flops"])
-        for folder in self.tokens.values():
+        for folder in (*self.tokens.values(), *self.neighbours.values()):
             books.update(json.loads((folder / "flops.json").read_text()))
         return dict(books)
 

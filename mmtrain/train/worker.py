@@ -223,13 +223,15 @@ def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, sp
 
     sources = []
     for name, folder in artifacts.tokens.items():
-        neighbours, memory = None, None
-        if name in artifacts.neighbours:
+        neighbours = memory = inlined = None
+        if name in artifacts.inlined:
+            inlined = tokens(artifacts.inlined[name] / split)
+        elif name in artifacts.neighbours:
             neighbours, memory = Neighbours(artifacts.neighbours[name] / split), tokens(folder / "train")
         share = config.mix.get(name, 1.0)
         shares = {int(step): float(x) for step, x in (share if isinstance(share, dict) else {0: share}).items()}
         weight = shares if is_training else max(shares.values())
-        sources.append(Source(name, tokens(folder / split), weight, neighbours, memory))
+        sources.append(Source(name, tokens(folder / split), weight, neighbours, memory, inlined))
     retrieval = config.retrieval if config.retrieval.enabled else None
     stream = config.stream if is_training else replace(config.stream, lookahead=1)
     return Stream(sources, vocabulary, stream, config.objective, retrieval, config.seed)

@@ -10,6 +10,7 @@ import numpy as np
 from mmtrain.config import Config, UserError
 from mmtrain.config.randomness import random_stream
 from mmtrain.documents import Document
+from mmtrain.retrieval import window_document
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import TokenSegment
 from mmtrain.track import closing_box
@@ -123,4 +124,5 @@ def _neighbours(corpus: PreparedCorpus, split: str, i: int) -> list[tuple[Docume
     if found is None:
         return None
     pairs = zip(found.candidates(i)[:NUM_NEIGHBOURS], found.scores(i)[:NUM_NEIGHBOURS], strict=True)
-    return [(corpus.memory(split)[int(j)], float(score)) for j, score in pairs]
+    memory = corpus.memory(split)
+    return [(window_document(memory, *found.place(int(j))), float(score)) for j, score in pairs]

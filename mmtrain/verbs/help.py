@@ -91,13 +91,26 @@ Use one that you have
 """,
     "retrieval": """\
 mmtrain retrieval [settings]
+mmtrain retrieval join [settings]
 
-Encodes every document (the mean of its text and picture vectors) and stores the nearest training documents
-of each: exact search, the document itself and near-duplicates left out. Training places some of them in
-front of the document (CM3leon). Prints how many were left out, and why, and a few neighbours to look at.
+Finds, for every document, candidates among the training documents: by its text (of which retrieval.query_dropout
+of the words are left out) and by its pictures, retrieval.num_candidates of each. A document's vector is the mean of
+its text and picture vectors; a document of several pictures is searched window by window. Never a candidate: the
+document itself, its near-duplicate cluster, the same picture, a cosine above retrieval.max_score, what is that near
+to another candidate, and what is in an evaluation set of retrieval.block. Training draws among the candidates and
+places them in front of the document (retrieval.policy, num_documents, dropout, order, max_tokens; all decided when a
+document is read, as a pure function of the seed). Prints what was left out, and why, and a few neighbours to look at.
+
+join   writes the tokens of the candidates beside each document (inlined shards), for training that streams from an
+       object store; with retrieval.inlined=true, or corpus.retrieved=URL beside corpus.tokens=URL, the batches are
+       the same as by look-up.
+
+The work is done in partitions; stopped or killed, the same command goes on.
 
 Example
   mmtrain retrieval corpus=stamps retrieval.num_candidates=16 retrieval.max_score=0.95
+  mmtrain retrieval corpus=stamps retrieval=cm3leon          three documents of 2 by text and 2 by picture
+  mmtrain retrieval join corpus=stamps
 """,
     "train": """\
 mmtrain train [settings]

@@ -2,7 +2,7 @@
 
 documents of every source ─▶ text tokenizer ─┐
     └──────▶ image tokenizer ────────────────┴▶ token shards of every source
-    └──────▶ neighbours of every source
+    └──────▶ neighbours of every source ─▶ (inlined shards: the tokens of the neighbours)
 """
 
 import json
@@ -19,19 +19,23 @@ import numpy as np
 
 from mmtrain.config import Config, UserError, build_artifact, fingerprint
 from mmtrain.documents import Account, Document, decode_square, judge
-from mmtrain.retrieval import build_neighbours
+from mmtrain.retrieval import build_neighbours, open_encoder
+from mmtrain.retrieval.build import NEIGHBOURS
 from mmtrain.shards import DocumentShards, Manifest, join_location, mirror, open_store
 from mmtrain.shards.manifest import MANIFEST, VOCABULARY
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
 from mmtrain.train.run import Artifacts
 from mmtrain.verbs.build import SPLITS, build_documents
+from mmtrain.verbs.join import join_retrieved
+from mmtrain.verbs.partitions import Task, Work, run_partitions
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.tokenize import run_vocabulary, tokenize_documents
 
 HELD_OUT_PICTURES = 256
 FORMAT = 3  # raise when the same config gives other bytes
 MIX = "mix"  # the folder under data_dir of the tokenizers that several sources share
-NOT_IN_BYTES = ("max_bad_fraction",)  # settings of a corpus that stop the work, and change nothing that is written
+AT_LOAD_TIME = ("enabled", "num_documents", "policy", "dropout", "order", "max_tokens", "inlined", "block")
+NOT_IN_BYTES = ("max_bad_fraction", "retrieved")  # settings of a corpus that change nothing that is written
 
 
 def prepare(config: Config) -> Artifacts:
@@ -41,7 +45,8 @@ def prepare(config: Config) -> Artifacts:
     image = prepare_image_tokenizer(config, documents)
     tokens = prepare_tokens(config, documents, text, image)
     neighbours = prepare_neighbours(config, documents)
-    return Artifacts(documents, text, image, tokens, neighbours)
+    inlined = prepare_inlined(config, tokens, neighbours)
+    return Artifacts(documents, text, image, tokens, neighbours, inlined)
 
 
 def prepare_documents(config: Config) -> dict[str, Path]:
@@ -170,22 +175,64 @@ def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, 
     """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
     if not config.retrieval.enabled:
         return {}
-    r = config.retrieval
-    # How many of the candidates a sequence takes is decided at load time and does not change the artifact.
-    key = (r.encoder, r.dimension, r.num_candidates, r.max_score, r.query_dropout)
-
-    def build(documents: Path, out: Path) -> None:
-        memory = DocumentShards(documents / "train")
-        build_neighbours(memory, memory, config.retrieval, out / "train", config.seed)
-        held_out = DocumentShards(documents / "validation")
-        encoded = out / "train"
-        build_neighbours(memory, held_out, config.retrieval, out / "validation", config.seed, encoded=encoded)
-
+    retrieval = config.retrieval
+    block = [Path(folder) for folder in retrieval.block]
+    blocked = [_block_fingerprint(folder) for folder in block]
+    # What is decided at load time does not change the artifact.
+    settings = {name: value for name, value in asdict(retrieval).items() if name not in AT_LOAD_TIME}
+    encoder = open_encoder(retrieval).fingerprint
     folders = {}
     for name, folder in documents.items():
-        final = _folder(config, name, "neighbours", fingerprint(FORMAT, key, config.seed, folder.name))
-        folders[name] = _timed(f"neighbours of {name}", final, partial(build, folder))
+        key = fingerprint(FORMAT, settings, encoder, blocked, config.seed, folder.name)
+
+        def build(out: Path, name: str = name, folder: Path = folder) -> None:
+            def run(work: Work, tasks: list[Task], done: Path, label: str) -> list[Task]:
+                return run_partitions(work, tasks, done, f"{label} of {name}", config.data.processes)
+
+            build_neighbours({split: folder / split for split in SPLITS}, retrieval, out, config.seed, run, block)
+
+        final = _folder(config, name, "neighbours", key)
+        folders[name] = _timed(f"neighbours of {name}", final, build, resumable=True)
+        for split in SPLITS:
+            report_neighbours(f"{name}/{split}", json.loads((folders[name] / split / NEIGHBOURS).read_text()))
     return folders
+
+
+def report_neighbours(where: str, facts: dict[str, Any]) -> None:
+    """Say where documents have no neighbour, and why."""
+    without, total = facts["without_neighbours"], facts["queries"]["documents"]
+    if without:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "nothing was found"
+        print(f"  {without:,} of {total:,} documents of {where} have no neighbour ({reasons})", flush=True)
+
+
+def prepare_inlined(config: Config, tokens: dict[str, Path], neighbours: dict[str, Path]) -> dict[str, Path]:
+    """With retrieval.inlined, the tokens of the candidates of each source, document by document; else only those
+    that come with ready token shards (corpus.retrieved)."""
+    folders: dict[str, Path] = {}
+    if not config.retrieval.enabled:
+        return folders
+    for name, corpus in config.sources.items():
+        if corpus.tokens and corpus.retrieved:
+            location = corpus.retrieved
+
+            def copy(out: Path, location: str = location) -> None:
+                for split in SPLITS:
+                    mirror(out / split, join_location(location, split), (MANIFEST, VOCABULARY), config.store)
+
+            final = _folder(config, name, "inlined", fingerprint(FORMAT, location))
+            folders[name] = _timed(f"inlined shards of {name}", final, copy)
+        elif config.retrieval.inlined and name in neighbours:
+            key = fingerprint(FORMAT, tokens[name].name, neighbours[name].name)
+            build = partial(join_retrieved, config, tokens[name], neighbours[name])
+            final = _folder(config, name, "inlined", key)
+            folders[name] = _timed(f"inlined shards of {name}", final, build, resumable=True)
+    return folders
+
+
+def _block_fingerprint(folder: Path) -> str:
+    """Identity of an evaluation set. Raises UserError where there is none."""
+    return DocumentShards(folder).manifest.fingerprint
 
 
 def load_pictures(documents: Iterable[Document], image_size: int, limit: int) -> np.ndarray:

@@ -151,11 +151,8 @@ def to_requests(run: TrainedRun, asked: list[Asked]) -> list[Request]:
     if examples:
         documents = [examples] * len(asked)
     else:
-        queries = [
-            one.text.replace(MASK, " ") if picture is None else picture
-            for one, picture in zip(asked, pictures, strict=True)
-        ]
-        documents = run.retrieved(queries) or [[] for _ in asked]
+        texts = [one.text.replace(MASK, " ") for one in asked]
+        documents = run.retrieved(texts, pictures) or [[] for _ in asked]
     return [
         Request(one.text, picture, None, found, bool(examples), one.seed, one.where)
         for one, picture, found in zip(asked, pictures, documents, strict=True)

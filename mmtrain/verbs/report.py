@@ -11,7 +11,7 @@ import numpy as np
 from mmtrain.documents import Document, decode_square, encode_png
 from mmtrain.flops import OwnRun, comparison_figure, compute_table
 from mmtrain.generate import SamplingSettings
-from mmtrain.retrieval import Neighbours
+from mmtrain.retrieval import Neighbours, window_document
 from mmtrain.shards import DocumentShards
 from mmtrain.track import ReportData, closing_box, goodput, read_metrics, write_report
 from mmtrain.verbs.data import describe, left_out
@@ -72,7 +72,8 @@ def sample(run: TrainedRun, documents: list[Document]) -> tuple[list[Any], list[
         settings = SamplingSettings(g.temperature, g.top_p, g.guidance)
         drawn = run.sampler.images(texts, settings, g.seed, NUM_SAMPLES, run.retrieved(texts))
         greedy = SamplingSettings(temperature=0.0)
-        written = run.sampler.captions(pictures, greedy, g.seed, 1, g.max_text_tokens, run.retrieved(list(pictures)))
+        retrieved = run.retrieved([None] * len(pictures), list(pictures))
+        written = run.sampler.captions(pictures, greedy, g.seed, 1, g.max_text_tokens, retrieved)
     truths = [encode_png(picture) for picture in pictures]
     generated = [
         (words, truths[i], [encode_png(s.pixels) for s in drawn if s.prompt == i]) for i, words in enumerate(texts)
@@ -126,7 +127,7 @@ def neighbours(run: TrainedRun, documents: list[Document]) -> list[tuple[Documen
     for document in documents:
         i = positions[document.id]
         pairs = zip(found.candidates(i)[:NUM_NEIGHBOURS], found.scores(i)[:NUM_NEIGHBOURS], strict=True)
-        rows.append((document, [(memory[int(j)], float(score)) for j, score in pairs]))
+        rows.append((document, [(window_document(memory, *found.place(int(j))), float(score)) for j, score in pairs]))
     return rows
 
 

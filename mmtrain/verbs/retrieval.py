@@ -1,12 +1,14 @@
-"""`mmtrain retrieval`: neighbours of every document of a corpus."""
+"""`mmtrain retrieval`: neighbours of every document of a corpus, and the join of their tokens."""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
-from mmtrain.retrieval import Neighbours
+from mmtrain.retrieval import Neighbours, window_document
+from mmtrain.retrieval.build import NEIGHBOURS
 from mmtrain.shards import DocumentShards
 from mmtrain.track import closing_box
 from mmtrain.verbs import prepare
@@ -15,7 +17,11 @@ SHOWN = 5
 
 
 def main(argv: list[str]) -> int:
-    """Search neighbours, or find them, and show a few."""
+    """Search neighbours, or find them, and show a few; `join` writes their tokens beside each document."""
+    if argv[:1] == ["join"]:
+        return _join(argv[1:])
+    if argv[:1] and "=" not in argv[0] and not argv[0].startswith("-"):
+        raise UserError(f"mmtrain retrieval has no {argv[0]!r}; it has join, or settings alone (KEY=VALUE)")
     config = compose(argv)
     documents = prepare.prepare_documents(config)
     folders = prepare.prepare_neighbours(config, documents)
@@ -34,7 +40,21 @@ def _show(documents: Path, folder: Path) -> str:
     memory, neighbours = DocumentShards(documents / "train"), Neighbours(folder / "validation")
     queries = DocumentShards(documents / "validation")
     for i in range(min(SHOWN, len(queries))):
-        found = [" ".join(memory[int(j)].texts) or memory[int(j)].id for j in neighbours.candidates(i)[:3]]
+        windows = [window_document(memory, *neighbours.place(int(j))) for j in neighbours.candidates(i)[:3]]
+        found = [" ".join(window.texts) or window.id for window in windows]
         print(f"{' '.join(queries[i].texts) or queries[i].id}\n    " + "\n    ".join(found))
-    facts = json.loads((folder / "train" / "neighbours.json").read_text())
-    return ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "none"
+    facts = json.loads((folder / "train" / NEIGHBOURS).read_text())
+    return ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "none"
+
+
+def _join(argv: list[str]) -> int:
+    config = compose(argv)
+    config = replace(config, retrieval=replace(config.retrieval, inlined=True))
+    inlined = prepare.prepare(config).inlined
+    if not inlined:
+        raise UserError("there is nothing to join: retrieval.enabled=false, or every source came as ready tokens")
+    places = {f"inlined shards of {name}": os.path.relpath(folder) for name, folder in inlined.items()}
+    places["train with them here"] = "retrieval.inlined=true"
+    places["or from a store"] = "corpus.tokens=URL corpus.retrieved=URL, after both folders were copied there"
+    closing_box("join", places)
+    return 0

@@ -14,7 +14,7 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.documents import Document, decode_square
-from mmtrain.shards import DocumentShards, ShardInfo, finish_tokens, seal, write_token_shard
+from mmtrain.shards import DocumentShards, Manifest, ShardInfo, finish_tokens, seal, write_token_shard
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, TokenDocument, Vocabulary, document_to_tokens
 from mmtrain.verbs.build import SPLITS
 from mmtrain.verbs.partitions import Result, Task, run_partitions
@@ -71,7 +71,8 @@ def tokenize_documents(config: Config, documents: Path, text_folder: Path, image
     num_images = sum(result.pop("images") for result in results)
     for split in SPLITS:
         shards = [ShardInfo(**result) for result, task in zip(results, tasks, strict=True) if task["split"] == split]
-        finish_tokens(out / split, shards, vocabulary, text.fingerprint, image.fingerprint)
+        made_of = {"documents": Manifest.load(documents / split).fingerprint}
+        finish_tokens(out / split, shards, vocabulary, text.fingerprint, image.fingerprint, made_of)
     vocabulary.save(out / "vocabulary.json")
     flops = {"image_tokenizer_encode": num_images * image.encode_flops_per_image}
     (out / "flops.json").write_text(json.dumps(flops))

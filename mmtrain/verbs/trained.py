@@ -15,7 +15,8 @@ from mmtrain.config.compose import compose, load_frozen, with_overrides
 from mmtrain.documents import Document
 from mmtrain.flops import Ledger
 from mmtrain.generate import Sampler
-from mmtrain.retrieval import Memory
+from mmtrain.retrieval import Memory, window_tokens
+from mmtrain.retrieval.build import MEMORY
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
 from mmtrain.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, load_model, read_checkpoint
@@ -85,7 +86,7 @@ class TrainedRun:
     def memory(self) -> Memory | None:
         """The retrieval memory of the main source's training split, if the run has one."""
         folder = self.artifacts.neighbours.get(self.artifacts.main)
-        return Memory(folder / "train") if folder else None
+        return Memory(folder / MEMORY) if folder else None
 
     @cached_property
     def memory_tokens(self) -> TokenShards:
@@ -96,17 +97,36 @@ class TrainedRun:
         shards = DocumentShards(self.artifacts.documents[self.artifacts.main] / "validation")
         return [shards[i] for i in range(min(limit, len(shards)))]
 
-    def retrieved(self, queries: Sequence[str | np.ndarray]) -> list[list[np.ndarray]] | None:
-        """Token ids of the documents to place before each prompt (captions, or (S, S, 3) pictures)."""
-        if self.memory is None or not self.config.generate.retrieve:
+    def retrieved(
+        self, texts: Sequence[str | None], pictures: Sequence[np.ndarray | None] | None = None
+    ) -> list[list[np.ndarray]] | None:
+        """Token ids of the documents to place before each prompt: its text, its (S, S, 3) picture, or both.
+
+        generate.retrieve_by chooses between the two where both are given; a prompt that lacks what it asks for is
+        searched by what it has.
+        """
+        memory, g = self.memory, self.config.generate
+        if memory is None or not g.retrieve:
             return None
         k = self.config.retrieval.num_documents
-        found = [
-            self.memory.search_text(query, k) if isinstance(query, str) else self.memory.search_image(query, k)
-            for query in queries
+        before = memory.encoder.flops
+        found = []
+        for text, picture in zip(texts, pictures or [None] * len(texts), strict=True):
+            both = bool(text) and picture is not None
+            found.append(
+                memory.search(
+                    None if both and g.retrieve_by == "image" else text,
+                    None if both and g.retrieve_by == "text" else picture,
+                    k,
+                )
+            )
+        self.book("retrieval_encode", memory.encoder.flops - before)
+        # Where training draws their order, the best one stands last, next to the prompt.
+        best_first = self.config.retrieval.order == "best_first"
+        return [
+            [window_tokens(self.memory_tokens, *memory.place(i)) for i in (row if best_first else reversed(row))]
+            for row in found
         ]
-        # Training draws their order; here the best one stands last, next to the prompt.
-        return [[self.memory_tokens.tokens(i) for i in reversed(indices)] for indices in found]
 
     def book(self, kind: str, flops: int) -> None:
         """Book FLOPs in the run's ledger."""

@@ -67,7 +67,7 @@ def test_a_wrong_type_names_the_key_and_what_it_takes(override: str, answer: str
         (["stream.sequence_length=64"], "at least 72 is needed"),
         (["image_tokenizer=lfq", "image_tokenizer.codebook_size=1000"], "512 would be"),
         (["image_tokenizer.levels=[]"], "image_tokenizer.levels=[]"),
-        (["retrieval.num_documents=9"], "retrieval.num_candidates=8"),
+        (["retrieval.num_documents=9"], "retrieval.num_candidates=4"),
         (["optim.warmup_steps=2000"], "longer than train.steps=1000"),
         (["corpus=pairs"], "corpus.path is empty"),
         (["corpus=img2dataset"], "corpus=img2dataset needs it"),

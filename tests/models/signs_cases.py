@@ -35,6 +35,8 @@ def main(out: Path) -> None:
         sums[name] = world.sum(model.take_signs().sums)
     if world.rank == 0:
         out.write_text(json.dumps({name: values.tolist() for name, values in sums.items()}))
+    # Threads of the group that live on while Python ends may abort the process.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmtrain.config import RetrievalConfig
 from mmtrain.config.randomness import random_stream
-from mmtrain.shards import TokenShards, write_tokens
+from mmtrain.documents import Document
+from mmtrain.retrieval import Neighbours, build_neighbours
+from mmtrain.shards import TokenShards, write_documents, write_tokens
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
 
 VOCABULARY = Vocabulary(300, 50, 16)
@@ -22,6 +25,16 @@ def token_document(number: int, name: str, text: int, image: int) -> TokenDocume
     tokens = np.concatenate([words, [VOCABULARY.brk], codes]).astype(VOCABULARY.dtype)
     segments = (TokenSegment("text", 0, text), TokenSegment("image", text + 1, image))
     return TokenDocument(f"{name}-{number:05d}", tokens, segments, {})
+
+
+def build_related(folder: Path, count: int, config: RetrievalConfig) -> Neighbours:
+    """Neighbours of documents with the ids of `shards(count)`; those of equal number modulo 4 share their words."""
+    words = ("apple pear plum", "truck wheel road", "river lake sea", "violin drum flute")
+    write_documents(
+        folder / "documents", (Document(f"a-{i:05d}", "test", (f"{words[i % 4]} {i}",), {}) for i in range(count))
+    )
+    build_neighbours({"train": folder / "documents"}, config, folder / "neighbours", seed=0)
+    return Neighbours(folder / "neighbours/train")
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,24 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from mmtrain.config import ObjectiveConfig, StreamConfig
+from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig
 from mmtrain.stream import COLUMNS, Source, Stream, merge_states, prefetch
-from tests.stream.conftest import VOCABULARY
+from tests.stream.conftest import VOCABULARY, build_related
 
 pytestmark = pytest.mark.slow
 STEPS, ROWS = 300, 24
+RETRIEVAL = RetrievalConfig(num_candidates=3, policy="uniform", dropout=0.2, max_score=1.0)
 
 
 @pytest.fixture(scope="module")
-def sources(shards) -> list[Source]:
-    """Three sources, one with scheduled share, one with documents longer than a row; all pass two epochs."""
+def sources(shards, tmp_path_factory) -> list[Source]:
+    """Three sources, one with retrieval, one with a scheduled share, one with documents longer than a row.
+
+    All pass two epochs.
+    """
+    related = build_related(tmp_path_factory.mktemp("related"), 700, RETRIEVAL)
     return [
-        Source("a", shards(700)),
+        Source("a", shards(700), neighbours=related, memory=shards(700)),
         Source("b", shards(211, "b"), weight={0: 0.2, 200: 0.6}),
         Source("long", shards(97, "c", image=60), weight=0.5),
     ]
@@ -27,7 +32,7 @@ def sources(shards) -> list[Source]:
 
 def stream_of(sources: list[Source]) -> Stream:
     config = StreamConfig(sequence_length=72, global_batch=ROWS, lanes=24, lookahead=6)
-    return Stream(sources, VOCABULARY, config, ObjectiveConfig(), None, seed=5)
+    return Stream(sources, VOCABULARY, config, ObjectiveConfig(), RETRIEVAL, seed=5)
 
 
 def digest(batches: list) -> str:

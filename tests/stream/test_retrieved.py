@@ -1,16 +1,19 @@
 """The stream with retrieved documents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
-from mmtrain.documents import Document
 from mmtrain.objective import unrotate
-from mmtrain.retrieval import Neighbours, build_neighbours
-from mmtrain.shards import DocumentShards, write_documents
+from mmtrain.retrieval import Neighbours
+from mmtrain.shards import ShardInfo, TokenShards, finish_tokens
 from mmtrain.stream import Source, Stream
-from tests.stream.conftest import VOCABULARY
+from mmtrain.stream.source import Recipe
+from mmtrain.verbs.join import JoinRange
+from tests.stream.conftest import VOCABULARY, build_related
 
 N = 24
 CONFIG = RetrievalConfig(num_candidates=3, num_documents=2, policy="fixed", max_score=1.0)
@@ -18,14 +21,7 @@ CONFIG = RetrievalConfig(num_candidates=3, num_documents=2, policy="fixed", max_
 
 @pytest.fixture
 def neighbours(tmp_path) -> Neighbours:
-    """Documents with the ids of the token documents; those with the same number modulo 4 share their words."""
-    words = ("apple pear plum", "truck wheel road", "river lake sea", "violin drum flute")
-    write_documents(
-        tmp_path / "documents", (Document(f"a-{i:05d}", "test", (f"{words[i % 4]} {i}",), {}) for i in range(N))
-    )
-    documents = DocumentShards(tmp_path / "documents")
-    build_neighbours(documents, documents, CONFIG, tmp_path / "neighbours", seed=0)
-    return Neighbours(tmp_path / "neighbours")
+    return build_related(tmp_path, N, CONFIG)
 
 
 def stream_of(source: Source, retrieval: RetrievalConfig | None, length: int = 256) -> Stream:
@@ -83,3 +79,48 @@ def test_neighbours_of_other_documents_are_refused(shards, neighbours):
     other = shards(N, "b")
     with pytest.raises(UserError, match="other documents"):
         Source("a", other, neighbours=neighbours, memory=other)
+
+
+def join(tokens, neighbours, folder) -> TokenShards:
+    """Inlined shards as `mmtrain retrieval join` writes them."""
+    (folder / "tokens").mkdir(parents=True)
+    (folder / "tokens/train").symlink_to(tokens.store.location)
+    work = JoinRange(folder / "tokens", neighbours, folder / "inlined")
+    (folder / "inlined/train").mkdir(parents=True)
+    tasks = [{"split": "train", "number": i, "first": 8 * i, "stop": 8 * i + 8} for i in range(N // 8)]
+    shards = [ShardInfo(**work(task)) for task in tasks]
+    made_of = {"queries": tokens.manifest.fingerprint}
+    finish_tokens(folder / "inlined/train", shards, tokens.vocabulary, "t" * 12, "i" * 12, made_of)
+    return TokenShards(folder / "inlined/train")
+
+
+@pytest.mark.parametrize("knobs", [{}, {"policy": "uniform", "order": "best_last"}, {"max_tokens": 40}])
+def test_inlined_shards_give_the_same_batches_as_look_up(shards, neighbours, tmp_path, knobs):
+    tokens = shards(N)
+    inlined = Source("a", tokens, inlined=join(tokens, tmp_path / "neighbours", tmp_path / "join"))
+    config = replace(CONFIG, **knobs)
+    looked_up = stream_of(Source("a", tokens, neighbours=neighbours, memory=tokens), config)
+    joined = stream_of(inlined, config)
+    for step in range(8):
+        batches = looked_up.batch(step), joined.batch(step)
+        assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+    assert joined.counts.tokens["retrieved"] > 0
+
+
+def test_inlined_shards_of_other_tokens_are_refused(shards, neighbours, tmp_path):
+    inlined = join(shards(N), tmp_path / "neighbours", tmp_path / "join")
+    with pytest.raises(UserError, match="belong to other tokens"):
+        Source("a", shards(N, "b"), inlined=inlined)
+
+
+def test_a_token_budget_holds_for_retrieved_documents_alone(shards, neighbours):
+    tokens = shards(N)
+    longest = max(len(tokens.tokens(i)) for i in range(N)) + 1
+    source = Source("a", tokens, neighbours=neighbours, memory=tokens)
+    stream = stream_of(source, replace(CONFIG, max_tokens=longest))
+    recipe = Recipe(ObjectiveConfig(kind="causal"), replace(CONFIG, max_tokens=longest), 256, 0)
+    for i in range(N):
+        (sequence,) = recipe.sequences(source, 0, i)
+        assert 0 < sequence.retrieved <= longest
+    stream.batch(0)
+    assert stream.counts.total("dropped_retrieved") > 0

@@ -77,6 +77,8 @@ def main(out: Path) -> None:
         found[f"{stage} {dtype}"] = [measured(config, world), expected]
     if world.rank == 0:
         out.write_text(json.dumps(found))
+    # Threads of the group that live on while Python ends may abort the process.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
