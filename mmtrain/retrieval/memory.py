@@ -14,7 +14,7 @@ from mmtrain.documents import decode_square, encode_png
 from mmtrain.retrieval.encode import IMAGE, TEXT, Encoded, center, combine, mean_vectors
 from mmtrain.retrieval.encoders import Encoder, open_encoder
 from mmtrain.retrieval.filters import BLOCKED, HAS_IMAGE, HAS_TEXT, MemoryColumns, pick_diverse
-from mmtrain.retrieval.index import Index, build_index, plan_index
+from mmtrain.retrieval.index import TUNING_QUERIES, Index, build_index, plan_index
 from mmtrain.shards import DocumentShards
 
 FORMAT = 2
@@ -66,7 +66,8 @@ def write_memory(
         array.flush()
     np.save(out / "means.npy", means)
     budget = int(config.index_memory * 2**30)
-    build_index(vectors, plan_index(num_windows, d, budget, config.index), out, seed)
+    plan = plan_index(num_windows, d, budget, config.index)
+    build_index(vectors, plan, out, seed, _tuning_queries(parts, means))
     facts = {
         "format_version": FORMAT,
         "retrieval": asdict(config),
@@ -77,6 +78,17 @@ def write_memory(
         "documents": describe(documents),
     }
     write_text_atomic(out / FACTS, json.dumps(facts, indent=1) + "\n")
+
+
+def _tuning_queries(parts: Sequence[Path], means: np.ndarray) -> np.ndarray:
+    """(q, d) float32: text and image queries of some documents of every part, as a search would ask them."""
+    queries: list[np.ndarray] = []
+    share = -(-TUNING_QUERIES // len(parts))
+    for part in map(Encoded.load, parts):
+        rows = part.queries[:: max(1, 2 * len(part.queries) // share)]
+        queries += [center(rows[:, channel], means[channel]) for channel in (TEXT, IMAGE)]
+    found = np.concatenate(queries)
+    return found[found.any(axis=1)]
 
 
 def describe(shards: DocumentShards) -> dict[str, object]:

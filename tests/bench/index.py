@@ -1,0 +1,140 @@
+"""The index of a memory against exact search and against other libraries: recall, rates, memory.
+
+    python tests/bench/index.py [SIZE:KIND ...]      default 10000:flat 100000:hnsw 1000000:hnsw
+    python tests/bench/index.py FOLDER               the vectors of a real memory (neighbours-KEY/memory)
+
+Vectors: 512 numbers, clusters of very unequal size around 2,000 random centers, cosine to the center about 0.8.
+usearch and hnswlib are measured where they are installed (pip install usearch hnswlib). Every rate is of queries in one
+batch on all cores; all of one size are measured in one run, the searches in turns.
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import psutil
+
+from mmtrain.retrieval.index import HNSW_CONSTRUCTION, HNSW_LINKS, Index, build_index, exact_search, plan_index
+
+DIMENSION, CENTERS, NOISE, QUERIES, TURNS = 512, 2000, 0.75, 2048, 3
+MEMORY = {"flat": 2**30, "hnsw": 2**33, "ivfpq": 0}
+
+
+def clustered(count: int, seed: int) -> np.ndarray:
+    """(count, 512) float16 of unit norm."""
+    centers = np.random.default_rng(0).standard_normal((CENTERS, DIMENSION), dtype=np.float32)
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    share = 1 / np.arange(1, CENTERS + 1) ** 0.7
+    rng = np.random.default_rng(seed)
+    out = np.empty((count, DIMENSION), np.float16)
+    for start in range(0, count, 50_000):
+        stop = min(start + 50_000, count)
+        noise = rng.standard_normal((stop - start, DIMENSION), dtype=np.float32) * (NOISE / DIMENSION**0.5)
+        rows = centers[rng.choice(CENTERS, stop - start, p=share / share.sum())] + noise
+        out[start:stop] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return out
+
+
+def recall(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean([np.isin(row, of).mean() for row, of in zip(expected, found, strict=True)]))
+
+
+def resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def peers(vectors: np.ndarray) -> dict:
+    """name -> (seconds to build, bytes, search)."""
+    wide, built = vectors.astype(np.float32), {}
+    before, start = resident(), time.perf_counter()
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(wide)
+    built["faiss flat"] = (time.perf_counter() - start, resident() - before, lambda q, k: flat.search(q, k)[1])
+    if importlib.util.find_spec("hnswlib"):
+        import hnswlib
+
+        before, start = resident(), time.perf_counter()
+        graph = hnswlib.Index("ip", vectors.shape[1])
+        graph.init_index(len(vectors), M=HNSW_LINKS, ef_construction=HNSW_CONSTRUCTION)
+        graph.add_items(wide)
+        graph.set_ef(64)
+        search = lambda q, k: graph.knn_query(q, k)[0].astype(np.int64)  # noqa: E731
+        built["hnswlib, ef 64"] = (time.perf_counter() - start, resident() - before, search)
+    if importlib.util.find_spec("usearch"):
+        from usearch.index import Index as Usearch
+
+        before, start = resident(), time.perf_counter()
+        other = Usearch(
+            ndim=vectors.shape[1], metric="ip", dtype="f16", connectivity=HNSW_LINKS,
+            expansion_add=HNSW_CONSTRUCTION, expansion_search=64,
+        )  # fmt: skip
+        other.add(np.arange(len(vectors)), vectors)
+        half = lambda q, k: other.search(q.astype(np.float16), k).keys.astype(np.int64)  # noqa: E731
+        built["usearch f16, ef 64"] = (time.perf_counter() - start, resident() - before, half)
+    return built
+
+
+def measure(
+    name: str, vectors: np.ndarray, queries: np.ndarray, tuning: np.ndarray, kind: str, with_peers: bool
+) -> None:
+    n, d = vectors.shape
+    # IVF-PQ: 64 bytes a vector, a sixteenth of the stored ones.
+    plan = plan_index(n, d, MEMORY[kind] or n * 80 + 4 * d * 32_768, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        build_index(vectors, plan, Path(folder), 0, tuning)
+        seconds = time.perf_counter() - start
+        facts = json.loads((Path(folder) / "index.json").read_text())
+        before = resident()
+        index = Index(Path(folder), vectors)
+        label = f"mmtrain {index.plan.factory}, depth {index.plan.depth}"
+        rows = {label: (seconds, 0, lambda q, k: index.search(q, k)[1])}
+        if with_peers:
+            rows |= peers(vectors)
+        else:
+            rows["exact (mmtrain)"] = (0.0, 0, lambda q, k: exact_search(vectors, q, k)[1])
+        found = {label: search(queries, 10) for label, (_, _, search) in rows.items()}  # also warms up
+        size = max(resident() - before, facts.get("bytes", 0)) if not with_peers else facts.get("bytes", 0)
+        times: dict[str, list[float]] = {label: [] for label in rows}
+        for _ in range(TURNS):
+            for label, (_, _, search) in rows.items():
+                start = time.perf_counter()
+                search(queries, 10)
+                times[label].append(time.perf_counter() - start)
+        exact = "faiss flat" if with_peers else "exact (mmtrain)"
+        print(f"\n{name}: {n:,} x {d}")
+        print("| index | recall@10 | build s | vectors/s | queries/s | times exact | memory MiB |")
+        print("|---|---|---|---|---|---|---|")
+        for label, (seconds, num_bytes, _) in rows.items():
+            rate = len(queries) / np.median(times[label])
+            ratio = np.median(times[exact]) / np.median(times[label])
+            memory = (size if label.startswith("mmtrain") else num_bytes) / 2**20
+            print(
+                f"| {label} | {recall(found[label], found[exact]):.4f} | {seconds:.1f} | "
+                f"{n / seconds if seconds else 0:,.0f} | {rate:,.0f} | {ratio:.1f} | {memory:,.0f} |", flush=True
+            )  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    print(f"faiss {faiss.__version__}, {faiss.omp_get_max_threads()} threads, {faiss.get_compile_options().strip()}")
+    for word in words or ["10000:flat", "100000:hnsw", "1000000:hnsw"]:
+        if Path(word).is_dir():
+            vectors = np.load(Path(word) / "vectors.npy")
+            picked = np.random.default_rng(0).permutation(len(vectors))
+            held_out, kept = picked[:1024], np.sort(picked[1024:])
+            queries = vectors[held_out].astype(np.float32)
+            for kind in ("flat", "hnsw"):
+                measure("real", vectors[kept], queries[512:], queries[:512], kind, True)
+            continue
+        size, kind, *peers_too = word.split(":")
+        queries = clustered(QUERIES + 512, 2).astype(np.float32)
+        measure("clustered", clustered(int(size), 1), queries[512:], queries[:512], kind, not peers_too)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
