@@ -85,7 +85,7 @@ def check_command(words: list[str]) -> None:
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
     parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}
-    parts |= {"train": {"prepare"}, "retrieval": {"join"}}
+    parts |= {"train": {"prepare"}, "retrieval": {"join", "inspect", "100"}}
     if verb in ("export", "import"):
         keys = {word.partition("=")[0] for word in settings}
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings

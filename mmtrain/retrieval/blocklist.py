@@ -1,7 +1,7 @@
 """The block list: what evaluation sets hold, so that a memory never gives it away.
 
 A text is in it that shares a run of 13 words with an evaluation document (GPT-3, appendix C), or, for shorter texts,
-the whole; a picture, when its bytes or its perceptual hash are those of an evaluation picture, but for 3 bits.
+the whole of it; a picture, when its bytes or its perceptual hash are those of an evaluation picture, but for 3 bits.
 """
 
 import zipfile
@@ -24,10 +24,14 @@ MOST_BITS = 3
 
 @dataclass(frozen=True)
 class BlockList:
-    """runs: (r,) uint64, sorted hashes of runs of words. pictures: (p,) uint64, perceptual hashes that say something,
-    with colors (p, 48) uint8. digests: (b,) sorted uint64, of the bytes of all pictures."""
+    """runs: (r,) uint64, sorted hashes of runs of words. lengths: (l,) int64, of how many words there are some.
+
+    pictures: (p,) uint64, perceptual hashes that say something, with colors (p, 48) uint8. digests: (b,) sorted
+    uint64, of the bytes of all pictures.
+    """
 
     runs: np.ndarray
+    lengths: np.ndarray
     pictures: np.ndarray
     colors: np.ndarray
     digests: np.ndarray
@@ -36,8 +40,12 @@ class BlockList:
     def of(cls, documents: Iterable[Document]) -> "BlockList":
         """The block list of evaluation documents."""
         runs, pictures, colors, digests = [], [], [], []
+        lengths: set[int] = set()
         for document in documents:
-            runs.append(_runs("\n".join(document.texts)))
+            words = _words(document)
+            if len(words) >= FEWEST_WORDS:
+                lengths.add(min(len(words), RUN_WORDS))
+                runs.append(_runs(words, min(len(words), RUN_WORDS)))
             signed = sign(document)
             pictures.append(signed.picture_hash[signed.picture_tells])
             colors.append(signed.picture_colors[signed.picture_tells])
@@ -45,6 +53,7 @@ class BlockList:
         empty = np.empty(0, np.uint64)
         return cls(
             np.unique(np.concatenate([empty, *runs])),
+            np.array(sorted(lengths), np.int64),
             np.concatenate([empty, *pictures]),
             np.concatenate([np.empty((0, 3 * COLOR_CELLS**2), np.uint8), *colors]),
             np.unique(np.concatenate([empty, *digests])),
@@ -52,7 +61,8 @@ class BlockList:
 
     def blocks(self, window: Document) -> bool:
         """Whether a text or a picture of the window is in the list."""
-        if _any_in(_runs("\n".join(window.texts)), self.runs):
+        words = _words(window)
+        if any(_any_in(_runs(words, length), self.runs) for length in self.lengths.tolist()):
             return True
         if not window.images:
             return False
@@ -82,15 +92,18 @@ class BlockList:
             raise UserError(f"{path} is no block list ({error}); delete its folder, prepare again") from error
 
 
-def _runs(text: str) -> np.ndarray:
-    """(r,) uint64: a hash of every run of 13 words, or of the whole of a shorter text that is not too short."""
-    words = WORD.findall(text.casefold())
-    if len(words) < FEWEST_WORDS:
+def _words(document: Document) -> np.ndarray:
+    """(n,) uint64 hashes of the words of all texts, in order."""
+    words = WORD.findall("\n".join(document.texts).casefold())
+    return mix(np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64))
+
+
+def _runs(words: np.ndarray, length: int) -> np.ndarray:
+    """(r,) uint64: a hash of every run of so many words."""
+    if len(words) < length:
         return np.empty(0, np.uint64)
-    length = min(RUN_WORDS, len(words))
-    hashes = mix(np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64))
-    places = mix(np.arange(1, length + 1, dtype=np.uint64)) | np.uint64(1)
-    return mix((np.lib.stride_tricks.sliding_window_view(hashes, length) * places).sum(axis=1, dtype=np.uint64))
+    places = mix(np.arange(1, length + 1, dtype=np.uint64) + np.uint64(length << 8)) | np.uint64(1)
+    return mix((np.lib.stride_tricks.sliding_window_view(words, length) * places).sum(axis=1, dtype=np.uint64))
 
 
 def _short(digests: np.ndarray) -> np.ndarray:

@@ -82,8 +82,8 @@ def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPl
 
 
 def num_clusters(n: int) -> int:
-    """Inverted lists of n vectors: the power of two next to 4 sqrt(n) below a million, then by autofaiss's steps."""
-    if n < 10**6:
+    """Inverted lists of n vectors: the power of two next to 4 sqrt(n) up to a million, then by autofaiss's steps."""
+    if n <= 10**6:
         return max(16, 1 << round(np.log2(max(4 * np.sqrt(n), 1))))
     return 16_384 if n < 10**7 else 65_536 if n < 3 * 10**8 else 131_072
 

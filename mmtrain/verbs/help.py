@@ -92,6 +92,7 @@ Use one that you have
     "retrieval": """\
 mmtrain retrieval [settings]
 mmtrain retrieval join [settings]
+mmtrain retrieval inspect [HOW_MANY] [FILE.html] [settings]
 
 Finds, for every document, candidates among the training documents: by its text (of which retrieval.query_dropout
 of the words are left out) and by its pictures, retrieval.num_candidates of each. A document's vector is the mean of
@@ -104,6 +105,8 @@ document is read, as a pure function of the seed). Prints what was left out, and
 join   writes the tokens of the candidates beside each document (inlined shards), for training that streams from an
        object store; with retrieval.inlined=true, or corpus.retrieved=URL beside corpus.tokens=URL, the batches are
        the same as by look-up.
+inspect  writes an HTML page of held-out documents (40, drawn by the seed) with what their text and their pictures
+       found, the cosines, and why some of it was passed over.
 
 The work is done in partitions; stopped or killed, the same command goes on.
 
@@ -111,6 +114,7 @@ Example
   mmtrain retrieval corpus=stamps retrieval.num_candidates=16 retrieval.max_score=0.95
   mmtrain retrieval corpus=stamps retrieval=cm3leon          three documents of 2 by text and 2 by picture
   mmtrain retrieval join corpus=stamps
+  mmtrain retrieval inspect 100 corpus=stamps
 """,
     "train": """\
 mmtrain train [settings]

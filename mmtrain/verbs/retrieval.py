@@ -5,23 +5,32 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
-from mmtrain.retrieval import Neighbours, window_document
+from mmtrain.config.randomness import random_stream
+from mmtrain.retrieval import Hit, Neighbours, window_document
 from mmtrain.retrieval.build import NEIGHBOURS
 from mmtrain.shards import DocumentShards
 from mmtrain.track import closing_box
+from mmtrain.track.inspect import FoundWindow, Inspected, write_inspect
 from mmtrain.verbs import prepare
 
 SHOWN = 5
+INSPECTED = 40
+PAGE = "retrieval.html"
+CHANNELS = ("text", "pictures")
 
 
 def main(argv: list[str]) -> int:
-    """Search neighbours, or find them, and show a few; `join` writes their tokens beside each document."""
+    """Search neighbours, or find them, and show a few; `join` and `inspect` make something of them."""
     if argv[:1] == ["join"]:
         return _join(argv[1:])
+    if argv[:1] == ["inspect"]:
+        return _inspect(argv[1:])
     if argv[:1] and "=" not in argv[0] and not argv[0].startswith("-"):
-        raise UserError(f"mmtrain retrieval has no {argv[0]!r}; it has join, or settings alone (KEY=VALUE)")
+        raise UserError(f"mmtrain retrieval has no {argv[0]!r}; it has join and inspect, or settings alone (KEY=VALUE)")
     config = compose(argv)
     documents = prepare.prepare_documents(config)
     folders = prepare.prepare_neighbours(config, documents)
@@ -45,6 +54,45 @@ def _show(documents: Path, folder: Path) -> str:
         print(f"{' '.join(queries[i].texts) or queries[i].id}\n    " + "\n    ".join(found))
     facts = json.loads((folder / "train" / NEIGHBOURS).read_text())
     return ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "none"
+
+
+def _inspect(argv: list[str]) -> int:
+    numbers: list[str] = []
+    paths: list[str] = []
+    settings: list[str] = []
+    for word in argv:
+        (numbers if word.isdecimal() else paths if word.endswith(".html") else settings).append(word)
+    config = compose(settings)
+    documents = prepare.prepare_documents(config)
+    folders = prepare.prepare_neighbours(config, documents)
+    if not folders:
+        raise UserError("retrieval.enabled=false: there is nothing to inspect; use retrieval=hashed")
+    places = {}
+    for name, folder in folders.items():
+        path = Path(paths[0]) if paths else folder.parent / PAGE
+        path = path.with_stem(f"{path.stem}-{name}") if paths and len(folders) > 1 else path
+        memory, queries = DocumentShards(documents[name] / "train"), DocumentShards(documents[name] / "validation")
+        found = Neighbours(folder / "validation")
+        count = min(int(numbers[0]) if numbers else INSPECTED, len(queries))
+        drawn = np.sort(random_stream("inspect", config.seed).choice(len(queries), count, replace=False)).tolist()
+
+        def window(hit: Hit, memory: DocumentShards = memory, found: Neighbours = found) -> FoundWindow:
+            return FoundWindow(window_document(memory, *found.place(hit.number)), hit.score, hit.reason)
+
+        rows = [
+            Inspected(queries[i], {kind: [window(hit) for hit in found.hits(i, c)] for c, kind in enumerate(CHANNELS)})
+            for i in drawn
+        ]
+        facts = {
+            "documents": len(queries),
+            "memory": len(memory),
+            "without neighbors": found.facts["without_neighbours"],
+            "mean score": round(found.facts["mean_score"] or 0.0, 3),
+            **{f"left out: {reason.replace('_', ' ')}": n for reason, n in found.facts["left_out"].items()},
+        }
+        places[f"neighbours of {name}"] = os.path.relpath(write_inspect(path, f"Neighbors of {name}", rows, facts))
+    closing_box("inspect", places)
+    return 0
 
 
 def _join(argv: list[str]) -> int:

@@ -29,6 +29,7 @@ def reencoded(document: Document, size: int, quality: int) -> Document:
 
 LEAKS = {
     "the caption": Document("planted", "train", ("two girls play chess in a park",), {}),
+    "the caption inside a text": Document("planted", "train", ("Look: two girls play chess in a park today",), {}),
     "a run of 13 words": Document("planted", "train", (f"I saw {LONG[:75]} and left",), {}),
     "the same bytes": Document("planted", "train", ("other words", HELD_OUT[0].segments[1]), {}),
     "larger": reencoded(HELD_OUT[0], 128, 90),
@@ -59,7 +60,7 @@ def test_what_is_in_an_evaluation_set_is_never_retrieved(shards, tmp_path):
     for name, block in (("free", []), ("blocked", [tmp_path / "block"])):
         build_neighbours({"train": tmp_path / "train"}, config, tmp_path / name, 0, block=block)
     free, blocked = (Neighbours(tmp_path / name / "train") for name in ("free", "blocked"))
-    leaked = set(range(40, 45))
+    leaked = set(range(40, 46))
     assert leaked <= set(np.concatenate([free.candidates(i) for i in range(len(train))]).tolist())
     assert not leaked & set(np.concatenate([blocked.candidates(i) for i in range(len(train))]).tolist())
     assert blocked.facts["left_out"]["evaluation"] > 0
