@@ -137,8 +137,9 @@ class RetrievalConfig:
     """Retrieved documents in front of the query document (CM3leon sec. 2.1)."""
 
     enabled: bool = knob(True, "Retrieve neighbours and place them before the query document.")
-    encoder: str = knob("hashed", "Encoder of documents for the search.", choices=("hashed",))
-    dimension: int = knob(256, "Size of a document vector.", minimum=8)
+    encoder: str = knob("hashed", "Encoder of documents for the search: hashed words and picture statistics, or clip (CLIP or SigLIP, extra hf).", choices=("hashed", "clip"))
+    encoder_path: str = knob("", "clip: folder or Hugging Face id of a CLIP or SigLIP model.")
+    dimension: int = knob(256, "hashed: size of a document vector.", minimum=8)
     search: str = knob("nearest", "Which documents are candidates: the nearest, or random ones (what retrieval is compared with).", choices=("nearest", "random"))
     num_candidates: int = knob(4, "Candidates stored per document and kind of query, by its text and by its picture (CM3leon: 2 and 2).", minimum=1)
     num_documents: int = knob(2, "Largest number of retrieved documents in a sequence.", minimum=0)

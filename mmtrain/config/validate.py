@@ -204,6 +204,8 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
             f"retrieval.num_documents={retrieval.num_documents} asks for more documents than "
             f"retrieval.num_candidates={retrieval.num_candidates} by text and as many by picture give"
         )
+    if retrieval.enabled and retrieval.encoder == "clip" and not retrieval.encoder_path:
+        yield "retrieval.encoder=clip needs retrieval.encoder_path: a folder or hub id of a CLIP or SigLIP model"
     objective = config.objective
     if objective.min_masks > objective.num_sentinels:
         yield (

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from mmtrain.config import RetrievalConfig
 from mmtrain.retrieval.hashed import FLOPS_PER_PICTURE, PICTURE_SIZE, encode_picture, encode_text
@@ -53,5 +54,9 @@ class HashedEncoder:
 
 
 def open_encoder(config: RetrievalConfig) -> Encoder:
-    """The encoder that the section names."""
+    """The encoder that the section names; learned ones on the GPU of this process, if there is one."""
+    if config.encoder == "clip":
+        from mmtrain.retrieval.clip import ClipEncoder
+
+        return ClipEncoder(config.encoder_path, "cuda" if torch.cuda.is_available() else "cpu")
     return HashedEncoder(config.dimension)
