@@ -376,6 +376,7 @@ class Config:
     seed: int = knob(0, "Seed of everything that is drawn.")
     root: str = knob("runs", "Folder of the run directories.")
     data_dir: str = knob("data", "Folder of corpora, tokenizers, shards and neighbours.")
+    runner: str = knob("processes", "Where the work on corpora is done (reading, tokenizing, encoding, searching, joining): in processes of this machine, or on Ray.", choices=("processes", "ray"))
     run: str | None = knob(None, "generate, evaluate, report: the run directory to use (default: the last one trained).")
     notes: str = knob("", "Free text, kept with the run.")
     mix: dict[str, Any] = knob({}, "Corpora of the run and their shares of the tokens, such as {stamps:1,gimp_help:3}: options of the group corpus, or names under corpora. A share may change with the step: {stamps:1,gimp_help:{0:3,5000:1}}, linear in between. Empty: corpus alone.")

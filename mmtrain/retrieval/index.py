@@ -32,9 +32,10 @@ POINTS_PER_CLUSTER = 64  # 31 are the least that faiss wants, more than 100 give
 OPQ_ITERATIONS, OPQ_POINTS = 8, 32_768  # 50 and 65,536, the defaults, take 9 minutes on two cores
 RECALL, NEAREST = 0.95, 10
 DEPTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # efSearch, nprobe
-# Candidates by codes are re-scored: so many for each that is wanted, and at least so many (the codes of a few bytes
-# rank well among hundreds and badly among ten; Deep1B's R@1 is .23 where R@100 is .77).
-RESCORED, FEWEST_RESCORED = 4, 64
+# Candidates by codes are re-scored: so many for each that is wanted (tuned, too), and at least so many. Codes of a few
+# bytes rank well among hundreds and badly among ten: Deep1B's R@1 is .23 where R@100 is .77.
+RESCORED, FEWEST_RESCORED = (4, 16, 64), 64
+STAGNATES = 0.002  # recall that another doubling of the depth must give
 RESCORE_BATCH = 64  # queries whose candidates are gathered at a time: 8 MB of float32 at 512 numbers
 TUNING_QUERIES = 512
 
@@ -50,6 +51,8 @@ class IndexPlan:
     bytes: int
     """Estimated memory while it is searched, the stored vectors themselves (memory-mapped) left out."""
     depth: int = 0
+    rescored: int = RESCORED[0]
+    """ivfpq: candidates by codes that are scored exactly, for each that is wanted."""
 
 
 def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPlan:
@@ -193,7 +196,7 @@ def _rescored_search(
     if plan.kind == "hnsw":  # ranks by the same float16 vectors
         parameters = _parameters("SearchParametersHNSW", efSearch=max(plan.depth, k))
     else:
-        wanted = min(len(vectors), max(RESCORED * k, FEWEST_RESCORED))
+        wanted = min(len(vectors), max(plan.rescored * k, FEWEST_RESCORED))
         lists = _parameters("SearchParametersIVF", nprobe=plan.depth)
         parameters = _parameters("SearchParametersPreTransform", index_params=lists)
     _, numbers = index.search(queries, wanted, params=parameters)
@@ -221,12 +224,17 @@ def _tuned(plan: IndexPlan, index: Any, vectors: np.ndarray, queries: np.ndarray
     k = min(NEAREST, len(vectors))
     _, expected = exact_search(vectors, np.ascontiguousarray(queries, np.float32), k)
     recall = 0.0
-    for depth in DEPTHS:
-        plan = replace(plan, depth=depth)
-        _, found = _rescored_search(index, plan, vectors, queries, k)
-        recall = float(np.mean([np.isin(row, of).mean() for row, of in zip(expected, found, strict=True)]))
-        if recall >= RECALL:
-            break
+    for rescored in RESCORED if plan.kind == "ivfpq" else RESCORED[:1]:
+        before = 0.0
+        for depth in DEPTHS:
+            plan = replace(plan, depth=depth, rescored=rescored)
+            _, found = _rescored_search(index, plan, vectors, queries, k)
+            recall = float(np.mean([np.isin(row, of).mean() for row, of in zip(expected, found, strict=True)]))
+            if recall >= RECALL:
+                return plan, recall
+            if plan.kind == "ivfpq" and recall - before < STAGNATES:
+                break
+            before = recall
     return plan, recall
 
 

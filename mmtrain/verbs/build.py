@@ -141,11 +141,11 @@ def _read(config: Config, name: str, work: Path) -> list[Result]:
     ]
     read = ReadPartition(corpus, config.clean, cache, work / "parts")
     label, processes = f"reading {name}", config.data.processes
-    parts = run_partitions(read, tasks, work / "read", label, processes, corpus.max_documents)
+    parts = run_partitions(read, tasks, work / "read", label, processes, corpus.max_documents, config.runner)
     beyond = sum(part["documents"] for part in parts) - corpus.max_documents
     if corpus.max_documents and beyond > 0:  # the last part once more, and only what of it fits
         last = {**tasks[len(parts) - 1], "limit": parts[-1]["documents"] - beyond}
-        parts[-1:] = run_partitions(read, [last], work / "read-last", label, processes)
+        parts[-1:] = run_partitions(read, [last], work / "read-last", label, processes, runner=config.runner)
     return [{"read": 0, "cleaned": 0, "documents": 0, **listed["account"]}, *parts]
 
 
@@ -203,7 +203,8 @@ def _write(config: Config, name: str, parts: list[Result], plan: dict[str, Any],
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
     write = WriteShard(work / "parts", work / "plan", out)
-    results = run_partitions(write, tasks, work / "write", f"writing {name}", config.data.processes)
+    label, processes = f"writing {name}", config.data.processes
+    results = run_partitions(write, tasks, work / "write", label, processes, runner=config.runner)
     account = Account()
     account.add(plan["account"])
     for result in results:

@@ -61,7 +61,8 @@ def join_retrieved(config: Config, tokens: Path, neighbours: Path, out: Path) ->
             for number, (first, stop) in enumerate(zip(ends, ends[1:], strict=False))
         ]
     join = JoinRange(tokens, neighbours, out)
-    results = run_partitions(join, tasks, out / ".work", f"joining {tokens.parent.name}", config.data.processes)
+    label, processes = f"joining {tokens.parent.name}", config.data.processes
+    results = run_partitions(join, tasks, out / ".work", label, processes, runner=config.runner)
     for split in SPLITS:
         shards = [ShardInfo(**result) for result, task in zip(results, tasks, strict=True) if task["split"] == split]
         made_by = TokenShards(tokens / split).manifest

@@ -187,7 +187,8 @@ def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, 
 
         def build(out: Path, name: str = name, folder: Path = folder) -> None:
             def run(work: Work, tasks: list[Task], done: Path, label: str) -> list[Task]:
-                return run_partitions(work, tasks, done, f"{label} of {name}", config.data.processes)
+                label, processes = f"{label} of {name}", config.data.processes
+                return run_partitions(work, tasks, done, label, processes, runner=config.runner)
 
             build_neighbours({split: folder / split for split in SPLITS}, retrieval, out, config.seed, run, block)
 

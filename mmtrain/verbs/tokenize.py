@@ -67,7 +67,8 @@ def tokenize_documents(config: Config, documents: Path, text_folder: Path, image
             stop = min(first + config.data.shard_documents, num_documents)
             tasks.append({"split": split, "number": number, "first": first, "stop": stop})
     encode = EncodeRange(documents, text_folder, image_folder, vocabulary, image.image_size, out)
-    results = run_partitions(encode, tasks, out / ".work", f"tokenizing {documents.parent.name}", config.data.processes)
+    label, processes = f"tokenizing {documents.parent.name}", config.data.processes
+    results = run_partitions(encode, tasks, out / ".work", label, processes, runner=config.runner)
     num_images = sum(result.pop("images") for result in results)
     for split in SPLITS:
         shards = [ShardInfo(**result) for result, task in zip(results, tasks, strict=True) if task["split"] == split]

@@ -3,7 +3,9 @@
     python tests/bench/index.py [SIZE:KIND ...]      default 10000:flat 100000:hnsw 1000000:hnsw
     python tests/bench/index.py FOLDER               the vectors of a real memory (neighbours-KEY/memory)
 
-Vectors: 512 numbers, clusters of very unequal size around 2,000 random centers, cosine to the center about 0.8.
+Vectors: 512 numbers, clusters of very unequal size around 2,000 random centers, cosine to the center about 0.8. What
+sets the members of a cluster apart lies in 24 directions of its own, as embeddings have far fewer dimensions than
+numbers; SIZE:KIND:alone:iso spreads it over all 512, where neighbours are hardly nearer than others.
 usearch and hnswlib are measured where they are installed (pip install usearch hnswlib). Every rate is of queries in one
 batch on all cores; all of one size are measured in one run, the searches in turns.
 """
@@ -21,21 +23,27 @@ import psutil
 
 from mmtrain.retrieval.index import HNSW_CONSTRUCTION, HNSW_LINKS, Index, build_index, exact_search, plan_index
 
-DIMENSION, CENTERS, NOISE, QUERIES, TURNS = 512, 2000, 0.75, 2048, 3
+DIMENSION, CENTERS, DIRECTIONS, NOISE, QUERIES, TURNS = 512, 2000, 24, 0.75, 2048, 3
 MEMORY = {"flat": 2**30, "hnsw": 2**33, "ivfpq": 0}
 
 
-def clustered(count: int, seed: int) -> np.ndarray:
+def clustered(count: int, seed: int, spread: str) -> np.ndarray:
     """(count, 512) float16 of unit norm."""
-    centers = np.random.default_rng(0).standard_normal((CENTERS, DIMENSION), dtype=np.float32)
+    fixed = np.random.default_rng(0)
+    centers = fixed.standard_normal((CENTERS, DIMENSION), dtype=np.float32)
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    own = fixed.standard_normal((CENTERS, DIRECTIONS, DIMENSION), dtype=np.float32) / DIMENSION**0.5
     share = 1 / np.arange(1, CENTERS + 1) ** 0.7
     rng = np.random.default_rng(seed)
     out = np.empty((count, DIMENSION), np.float16)
-    for start in range(0, count, 50_000):
-        stop = min(start + 50_000, count)
+    for start in range(0, count, 2_000):
+        stop = min(start + 2_000, count)
+        chosen = rng.choice(CENTERS, stop - start, p=share / share.sum())
         noise = rng.standard_normal((stop - start, DIMENSION), dtype=np.float32) * (NOISE / DIMENSION**0.5)
-        rows = centers[rng.choice(CENTERS, stop - start, p=share / share.sum())] + noise
+        if spread != "iso":
+            weights = rng.standard_normal((stop - start, 1, DIRECTIONS), dtype=np.float32) * (NOISE / DIRECTIONS**0.5)
+            noise = 0.2 * noise + (weights @ own[chosen])[:, 0]
+        rows = centers[chosen] + noise
         out[start:stop] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return out
 
@@ -131,9 +139,11 @@ def main(words: list[str]) -> None:
             for kind in ("flat", "hnsw"):
                 measure("real", vectors[kept], queries[512:], queries[:512], kind, True)
             continue
-        size, kind, *peers_too = word.split(":")
-        queries = clustered(QUERIES + 512, 2).astype(np.float32)
-        measure("clustered", clustered(int(size), 1), queries[512:], queries[:512], kind, not peers_too)
+        size, kind, *more = word.split(":")
+        spread = more[1] if len(more) > 1 else "own"
+        queries = clustered(QUERIES + 512, 2, spread).astype(np.float32)
+        vectors = clustered(int(size), 1, spread)
+        measure(f"clustered, {spread}", vectors, queries[512:], queries[:512], kind, not more)
 
 
 if __name__ == "__main__":
