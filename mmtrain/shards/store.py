@@ -154,8 +154,12 @@ def mirror(folder: Path, location: str, files: Iterable[str], config: StoreConfi
     remote = open_store(location, config)
     folder.mkdir(parents=True)
     for name in files:
-        with remote.open(name) as file:
-            (folder / name).write_bytes(file.read())
+        try:
+            with remote.open(name) as file:
+                data = file.read()
+        except OSError as error:
+            raise UserError(f"cannot read {remote.where(name)} ({error}); is {location} a folder of shards?") from error
+        (folder / name).write_bytes(data)
     (folder / MIRRORED).write_text(json.dumps({"location": location}))
 
 

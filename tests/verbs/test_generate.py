@@ -17,6 +17,7 @@ from mmtrain.config import Config
 from mmtrain.config.compose import freeze
 from mmtrain.flops import Ledger
 from mmtrain.models import build_model, num_positions
+from mmtrain.retrieval import Memory
 from mmtrain.tokens import Vocabulary
 from mmtrain.train.distributed import World
 from mmtrain.train.fragments import PARAMETER, whole
@@ -284,3 +285,22 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and error.startswith("mmtrain: ")
     assert sorted(path for path in tmp_path.rglob("*")) == before and sorted(Path("runs/smoke").rglob("*")) == samples
+
+
+def test_the_memory_is_searched_by_text_by_picture_or_by_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, bool]] = []
+    original = Memory.search
+
+    def search(self: Memory, text: str | None, pixels: np.ndarray | None, k: int) -> list[int]:
+        asked.append((bool(text), pixels is not None))
+        found = original(self, text, pixels, k)
+        assert len(found) == k
+        return found
+
+    monkeypatch.setattr(Memory, "search", search)
+    ask = ["what is it?", "generate.task=question", "generate.pictures=[red.png]", "generate.max_text_tokens=2"]
+    for number, by in enumerate(("given", "text", "image")):
+        generate(*ask, f"generate.retrieve_by={by}", out=f"by-{number}")
+    assert asked == [(True, True), (True, False), (False, True)]
+    generate("a red circle", "generate.retrieve_by=image", "generate.num_samples=1", out="by-3")
+    assert asked[3] == (True, False)  # there is nothing else to search by
