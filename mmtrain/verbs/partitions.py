@@ -160,23 +160,25 @@ def _on_ray(
 
     address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(
-            address=address,
-            num_cpus=None if address else num_workers,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        if not ray.is_initialized():  # it starts once and ends with the program
+            ray.init(
+                address=address or "local",  # without it, what a killed program left behind would be joined
+                num_cpus=None if address else available_cores(),
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray does not start at {address or 'this machine'} ({error}); see `ray status`") from error
     resources = ray.cluster_resources()
     cores = max(1, int(resources.get("CPU", 1)))
+    at_once = cores if address else min(cores, num_workers)
     share = min(1.0, resources.get("GPU", 0.0) / cores)
     task = ray.remote(num_cpus=1, num_gpus=share, max_retries=RETRIES)(_run_alone)
     running: dict[Any, int] = {}
     try:
         while True:
-            while len(running) < cores and (number := next(numbers, None)) is not None:
+            while len(running) < at_once and (number := next(numbers, None)) is not None:
                 running[task.remote(work, tasks[number])] = number
             if not running:
                 return
@@ -190,7 +192,8 @@ def _on_ray(
             "run the same command again: it goes on where it stopped"
         ) from error
     finally:
-        ray.shutdown()  # ends what is still running
+        for reference in running:
+            ray.cancel(reference, force=True)
 
 
 def _run_alone(work: Work, task: Task) -> Result:

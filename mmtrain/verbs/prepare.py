@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.config import Config, UserError, build_artifact, fingerprint
+from mmtrain.config import Config, RetrievalConfig, UserError, build_artifact, fingerprint
 from mmtrain.documents import Account, Document, decode_square, judge
 from mmtrain.retrieval import build_neighbours, open_encoder
 from mmtrain.retrieval.build import NEIGHBOURS
@@ -175,15 +175,15 @@ def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, 
     """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
     if not config.retrieval.enabled:
         return {}
-    retrieval = config.retrieval
-    block = [Path(folder) for folder in retrieval.block]
+    block = [Path(folder) for folder in config.retrieval.block]
     blocked = [_block_fingerprint(folder) for folder in block]
-    # What is decided at load time does not change the artifact.
-    settings = {name: value for name, value in asdict(retrieval).items() if name not in AT_LOAD_TIME}
+    # What is decided at load time does not change the artifact, nor do the names of folders.
+    default = RetrievalConfig()
+    retrieval = replace(config.retrieval, **{name: getattr(default, name) for name in AT_LOAD_TIME})
     encoder = open_encoder(retrieval).fingerprint
     folders = {}
     for name, folder in documents.items():
-        key = fingerprint(FORMAT, settings, encoder, blocked, config.seed, folder.name)
+        key = fingerprint(FORMAT, retrieval, encoder, blocked, config.seed, folder.name)
 
         def build(out: Path, name: str = name, folder: Path = folder) -> None:
             def run(work: Work, tasks: list[Task], done: Path, label: str) -> list[Task]:

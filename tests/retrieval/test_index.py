@@ -25,6 +25,7 @@ BUDGET = {"flat": 2**30, "hnsw": 2**30, "ivfpq": 2**20}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
+    module.OPQ_ITERATIONS = 1  # seconds instead of half a minute
     folders = {}
     for kind in BUDGET:
         folders[kind] = tmp_path_factory.mktemp(kind)

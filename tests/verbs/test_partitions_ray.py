@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Square:
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch) -> Any:
+def work(tmp_path, monkeypatch) -> Iterator[Any]:
     """An importable piece of work that writes a file per task into its folder `out`."""
     (tmp_path / "square_work.py").write_text(WORK)
     (tmp_path / "out").mkdir()
@@ -54,7 +55,10 @@ def work(tmp_path, monkeypatch) -> Any:
     sys.modules.pop("square_work", None)
     import square_work
 
-    return square_work.Square(tmp_path / "out")
+    yield square_work.Square(tmp_path / "out")
+    import ray
+
+    ray.shutdown()
 
 
 def test_a_killed_worker_loses_nothing_and_a_mistake_arrives_as_one(work, tmp_path):
@@ -83,7 +87,6 @@ def test_a_killed_driver_goes_on_with_what_is_missing(work, tmp_path):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(["pkill", "-9", "-f", f"ray.*{tmp_path}"], check=False)
     tasks = [{"number": i} for i in range(5)]
     results = run_partitions(work, tasks, done, "test", 2, runner="ray")
     assert [result["square"] for result in results] == [0, 1, 4, 9, 16]
