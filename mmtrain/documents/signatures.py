@@ -104,7 +104,7 @@ def sign(document: Document) -> Signatures:
         content.update(b"%c%d:" % (b"t" if isinstance(segment, str) else b"p", len(data)) + data)
     images = document.images
     minima = text_minima("\n".join(document.texts))
-    looks = [_picture_look(image.data) for image in images]
+    looks = [picture_look(image.data) for image in images]
     return Signatures(
         ids=np.array([document.id.encode()]),
         content=_digests([content.digest()]),
@@ -157,7 +157,7 @@ def perceptual_hash(pixels: np.ndarray) -> tuple[int, bool]:
     return int.from_bytes(bits.tobytes(), "big"), bool(num_telling >= FEWEST_TELLING)
 
 
-def _picture_look(data: bytes) -> tuple[int, bool, np.ndarray]:
+def picture_look(data: bytes) -> tuple[int, bool, np.ndarray]:
     """pHash, whether it says anything, and (48,) mean colors of 4 x 4 cells."""
     try:
         pixels = decode_stretched(data, PICTURE_SIDE)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class EncodeRange:
     seed: int
     work: Path
     block: Path | None
+    uses_gpu: ClassVar[bool] = True
 
     def __call__(self, task: Task) -> Task:
         shards, encoder = _open_documents(self.documents[task["split"]]), _open_encoder(self.config)

@@ -95,6 +95,7 @@ def _encode_batch(
     windows = [window for of_document in cut for window in of_document]
     places = [(first + i, k, len(of)) for i, of in enumerate(cut) for k in range(len(of))]
     texts = ["\n".join(window.texts) for window in windows]
+    contents = [(window.texts, window.images[0] if window.images else None) for window in windows]
     text = encoder.encode_texts(texts)
     image = np.zeros((len(windows), encoder.dimension), np.float32)
     with_picture = [i for i, window in enumerate(windows) if window.images]
@@ -122,7 +123,7 @@ def _encode_batch(
         np.array([_hash(w.id) for w in windows], np.uint64),
         # A document of no cluster is one of its own.
         np.array([_hash(str(w.meta.get("cluster", f"id {w.id}"))) for w in windows], np.uint64),
-        np.array([block is not None and block.blocks(w) for w in windows], bool),
+        np.zeros(len(windows), bool) if block is None else block.blocked(contents),
         queries.astype(np.float16),
     )
 

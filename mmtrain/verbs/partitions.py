@@ -1,4 +1,4 @@
-"""Independent pieces of work in several processes, or on a Ray cluster; what is done stays done after a kill."""
+"""Independent pieces of work in several processes, or on Ray; what is done stays done when the program is killed."""
 
 import errno
 import json
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from mmtrain.config import UserError, write_text_atomic
+from mmtrain.verbs.partitions_ray import run_on_ray
 from mmtrain.verbs.progress import Bar
 
 Task = dict[str, Any]
 Result = dict[str, Any]
 Work = Callable[[Task], Result]
 """Called in any process, once or again after a crash, always with the same outcome; its files are whole, or written
-anew. Task and result are plain JSON values; result["documents"] is how many documents it was about."""
+anew. Task and result are plain JSON values; result["documents"] is how many documents it was about. An attribute
+`uses_gpu` that is true asks Ray for a share of a GPU."""
 
-RETRIES = 3  # of a task of Ray whose worker was killed
 # Faults of the disk that the command line knows a sentence for.
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -41,12 +42,12 @@ def run_partitions(
 ) -> list[Result]:
     """The results of `work` for each of `tasks`, in their order, from `processes` processes (0: one per core).
 
+    runner: "processes" of this machine, or "ray" (`partitions_ray`); the results are the same.
     done: a folder that keeps each result, and so tells the next call what not to do again (None: nothing is kept).
     limit: only the first tasks whose documents add up to so many (0: all); no later one is started after that.
     Every process computes with one thread, so that results do not depend on their number.
-    runner: processes, of this machine; or ray: of the cluster at RAY_ADDRESS, or of one that is started here. What a
-    task reads and writes must then be on a file system that all machines share.
-    Raises UserError where `work` does, when it fails in another way, and when a process is killed.
+    Raises UserError where `work` does, when it fails in another way, and when a process is killed (on Ray: when the
+    process of one partition is killed time and again).
     """
     results = _kept(done, len(tasks)) if done else {}
     if results:
@@ -71,10 +72,11 @@ def run_partitions(
             if number not in results:
                 yield number
 
-    num_workers = min(processes or available_cores(), len(tasks) - len(results))
+    num_missing = len(tasks) - len(results)
+    num_workers = min(processes or available_cores(), num_missing)
     run = partial(_in_processes, num_workers) if num_workers > 1 else _here
-    if runner == "ray" and num_workers:
-        run = partial(_on_ray, num_workers)
+    if runner == "ray" and num_missing:
+        run = partial(run_on_ray, processes, num_workers, getattr(work, "uses_gpu", False))
     with Bar(label, len(tasks)) as advance:
         for number, result in run(partial(_run, work), tasks, missing()):
             results[number] = result
@@ -146,59 +148,6 @@ def _in_processes(
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
-
-
-def _on_ray(
-    num_workers: int, work: Work, tasks: Sequence[Task], numbers: Iterator[int]
-) -> Iterator[tuple[int, Result]]:
-    """Results as they come. Ray itself starts a task again whose worker was killed, up to `RETRIES` times."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("runner=ray needs the package ray: pip install 'mmtrain[ray]'") from error
-
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if not ray.is_initialized():  # it starts once and ends with the program
-            ray.init(
-                address=address or "local",  # without it, what a killed program left behind would be joined
-                num_cpus=None if address else available_cores(),
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"Ray does not start at {address or 'this machine'} ({error}); see `ray status`") from error
-    resources = ray.cluster_resources()
-    cores = max(1, int(resources.get("CPU", 1)))
-    at_once = cores if address else min(cores, num_workers)
-    share = min(1.0, resources.get("GPU", 0.0) / cores)
-    task = ray.remote(num_cpus=1, num_gpus=share, max_retries=RETRIES)(_run_alone)
-    running: dict[Any, int] = {}
-    try:
-        while True:
-            while len(running) < at_once and (number := next(numbers, None)) is not None:
-                running[task.remote(work, tasks[number])] = number
-            if not running:
-                return
-            for reference in ray.wait(list(running))[0]:
-                yield running.pop(reference), ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"Ray lost a worker more than {RETRIES} times ({type(error).__name__}), most likely for want of memory; "
-            "run the same command again: it goes on where it stopped"
-        ) from error
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-
-
-def _run_alone(work: Work, task: Task) -> Result:
-    torch.set_num_threads(1)
-    return work(task)
 
 
 def _start_process() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class EncodeRange:
     vocabulary: Vocabulary
     image_size: int
     out: Path
+    uses_gpu: ClassVar[bool] = True
 
     def __call__(self, task: Task) -> Result:
         shards = _open_documents(self.documents / task["split"])

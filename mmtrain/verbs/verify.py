@@ -39,7 +39,7 @@ def main(config: Config, words: list[str]) -> int:
                 faults.append(str(error))
             else:
                 tasks += [{"folder": str(folder), "kind": manifest.kind, **asdict(s)} for s in manifest.shards]
-    results = run_partitions(check_shard, tasks, None, "verifying", config.data.processes)
+    results = run_partitions(check_shard, tasks, None, "verifying", config.data.processes, runner=config.runner)
     faults += [result["fault"] for result in results if result["fault"]]
     for fault in faults:
         print(f"  {fault}")

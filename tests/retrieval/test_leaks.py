@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from mmtrain.config import RetrievalConfig
-from mmtrain.documents import Document, image_from_bytes
+from mmtrain.config import RetrievalConfig, UserError
+from mmtrain.documents import Document, Image, image_from_bytes
 from mmtrain.retrieval import Neighbours, build_neighbours, select
 from mmtrain.retrieval.blocklist import BlockList
 from tests.retrieval.conftest import pair
@@ -28,6 +28,10 @@ def copied(document: Document, id: str) -> Document:
     return Document(id, "test", (f"{document.texts[0]}, once more", image), {})
 
 
+def window(document: Document) -> tuple[list[str], Image]:
+    return document.texts, document.images[0]
+
+
 @pytest.mark.slow
 def test_no_leak_in_100_000_contexts_and_the_planted_ones_are_found(shards, tmp_path):
     documents = [replace(pair(i), meta={"cluster": i}) for i in range(N)]
@@ -44,8 +48,8 @@ def test_no_leak_in_100_000_contexts_and_the_planted_ones_are_found(shards, tmp_
     assert min(found[reason] for reason in ("self", "same_cluster", "evaluation")) >= 200
 
     block = BlockList.of(held_out)
-    assert all(block.blocks(leak) for leak in leaks)
-    is_leak = np.array([block.blocks(document) for document in train])
+    assert block.blocked([window(leak) for leak in leaks]).all()
+    is_leak = block.blocked([window(document) for document in train])
     cluster = np.array([document.meta.get("cluster", -1 - i) for i, document in enumerate(train)])
     candidates = [neighbours.candidates(i) for i in range(N)]
     contexts = 0
@@ -55,3 +59,10 @@ def test_no_leak_in_100_000_contexts_and_the_planted_ones_are_found(shards, tmp_
             assert i not in chosen and not is_leak[chosen].any() and (cluster[chosen] != cluster[i]).all()
             contexts += 1
     assert contexts == 100_000 and np.mean([len(of) for of in candidates]) >= 4
+
+
+def test_a_memory_that_is_an_evaluation_set_is_refused(shards, tmp_path):
+    shards("train", map(pair, range(8)))
+    with pytest.raises(UserError, match="every document of the memory is in the evaluation sets"):
+        folder = tmp_path / "train"
+        build_neighbours({"train": folder}, RetrievalConfig(), tmp_path / "out", 0, block=[folder])
