@@ -64,6 +64,8 @@ def _name_conflicts(config: Config) -> Iterator[str]:
             yield f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
     for name, corpus in config.sources.items():
         if not corpus.tokens:
+            if corpus.retrieved:
+                yield f"corpus {name} has retrieved={corpus.retrieved} but no tokens to which they belong"
             continue
         if not (config.text_tokenizer.path and config.image_tokenizer.path):
             yield (

@@ -200,8 +200,9 @@ def _hits(
     numbers = np.stack(
         [random_stream("random search", seed, askers[i].id).choice(len(memory), depth, False) for i in rows.tolist()]
     )
-    scores = np.einsum("qd,qkd->qk", queries[rows], memory.vectors[numbers].astype(np.float32))
-    return scores, numbers
+    # Row by row: the vectors of all rows at once may be gigabytes.
+    scores = [memory.vectors[row].astype(np.float32) @ query for row, query in zip(numbers, queries[rows], strict=True)]
+    return np.stack(scores), numbers
 
 
 def _askers(part: Encoded, memory: Memory) -> list[Asker]:

@@ -173,7 +173,7 @@ def _ready_tokens(config: Config, name: str, location: str, fingerprints: tuple[
 
 def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, Path]:
     """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
-    if not config.retrieval.enabled:
+    if not config.retrieval.enabled or not documents:
         return {}
     block = [Path(folder) for folder in config.retrieval.block]
     blocked = [_block_fingerprint(folder) for folder in block]
@@ -223,6 +223,8 @@ def prepare_inlined(config: Config, tokens: dict[str, Path], neighbours: dict[st
 
             final = _folder(config, name, "inlined", fingerprint(FORMAT, location))
             folders[name] = _timed(f"inlined shards of {name}", final, copy)
+        elif corpus.tokens:
+            print(f"  {name} came as ready tokens without corpus.retrieved: it trains without retrieved documents")
         elif config.retrieval.inlined and name in neighbours:
             key = fingerprint(FORMAT, tokens[name].name, neighbours[name].name)
             build = partial(join_retrieved, config, tokens[name], neighbours[name])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmtrain.config import UserError
+from mmtrain.config import Config, UserError
 from mmtrain.config.compose import compose
 from mmtrain.config.randomness import random_stream
 from mmtrain.retrieval import Hit, Neighbours, window_document
@@ -31,17 +31,24 @@ def main(argv: list[str]) -> int:
         return _inspect(argv[1:])
     if argv[:1] and "=" not in argv[0] and not argv[0].startswith("-"):
         raise UserError(f"mmtrain retrieval has no {argv[0]!r}; it has join and inspect, or settings alone (KEY=VALUE)")
-    config = compose(argv)
-    documents = prepare.prepare_documents(config)
-    folders = prepare.prepare_neighbours(config, documents)
-    if not folders:
-        raise UserError("retrieval.enabled=false: there is nothing to do; use retrieval=hashed")
+    documents, folders = _prepared(compose(argv))
     places = {}
     for name, folder in folders.items():
         places[f"neighbours of {name}"] = os.path.relpath(folder)
         places[f"left out of {name}"] = _show(documents[name], folder)
     closing_box("neighbours", places)
     return 0
+
+
+def _prepared(config: Config) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Documents and neighbours of each source. Raises UserError where there are no neighbours."""
+    documents = prepare.prepare_documents(config)
+    folders = prepare.prepare_neighbours(config, documents)
+    if not folders:
+        raise UserError(
+            "there are no neighbours: retrieval.enabled=false (use retrieval=hashed), or all sources came tokenized"
+        )
+    return documents, folders
 
 
 def _show(documents: Path, folder: Path) -> str:
@@ -63,10 +70,7 @@ def _inspect(argv: list[str]) -> int:
     for word in argv:
         (numbers if word.isdecimal() else paths if word.endswith(".html") else settings).append(word)
     config = compose(settings)
-    documents = prepare.prepare_documents(config)
-    folders = prepare.prepare_neighbours(config, documents)
-    if not folders:
-        raise UserError("retrieval.enabled=false: there is nothing to inspect; use retrieval=hashed")
+    documents, folders = _prepared(config)
     places = {}
     for name, folder in folders.items():
         path = Path(paths[0]) if paths else folder.parent / PAGE

@@ -16,7 +16,7 @@ from mmtrain.models.attention import attend
 from mmtrain.models.packing import document_blocks, document_bounds
 from mmtrain.objective import unrotate
 from mmtrain.retrieval import Neighbours, build_neighbours
-from mmtrain.shards import DocumentShards, TokenShards, write_documents, write_tokens
+from mmtrain.shards import TokenShards, write_documents, write_tokens
 from mmtrain.stream import Source, Stream
 from tests.stream.conftest import VOCABULARY, token_document
 
@@ -140,11 +140,10 @@ def test_retrieved_documents_and_their_query_see_each_other_and_no_one_else(tmp_
     count = 12
     pictures = RetrievalConfig(num_candidates=2, num_documents=2, policy="fixed", max_score=1.0)
     write_documents(tmp_path / "d", (Document(f"a-{i:05d}", "test", (f"word {i % 3}",), {}) for i in range(count)))
-    texts = DocumentShards(tmp_path / "d")
-    build_neighbours(texts, texts, pictures, tmp_path / "n", seed=0)
+    build_neighbours({"train": tmp_path / "d"}, pictures, tmp_path / "n", seed=0)
     write_tokens(tmp_path / "t", (token_document(i, "a", 4, 16) for i in range(count)), VOCABULARY, "t" * 12, "i" * 12)
     tokens = TokenShards(tmp_path / "t")
-    source = Source("a", tokens, neighbours=Neighbours(tmp_path / "n"), memory=tokens)
+    source = Source("a", tokens, neighbours=Neighbours(tmp_path / "n" / "train"), memory=tokens)
     settings = StreamConfig(sequence_length=192, global_batch=2, lanes=2)
     batch = Stream([source], VOCABULARY, settings, ObjectiveConfig(masks="none"), pictures, seed=0).batch(0)
 

@@ -19,6 +19,7 @@ from mmtrain.train.engine import build_engine
 from mmtrain.train.memory import estimate
 
 VOCABULARY = 4096
+TIMES = 2  # collectives' threads and the garbage collector free some tensors late, now and then: the least counts
 STAGES = [(0, "fp32")] + [(stage, dtype) for stage in (1, 2, 3) for dtype in ("fp32", "bf16")]
 
 
@@ -71,10 +72,11 @@ def measured(config: Config, world: World) -> int:
 def main(out: Path) -> None:
     world = start_world()
     found = {}
-    for stage, dtype in STAGES:
+    for stage, dtype in STAGES * TIMES:
         config = configure(stage, dtype, 4, 256, world.size)
         expected = estimate(config, VOCABULARY, 256, world.size, stage, device="cpu").device_total
-        found[f"{stage} {dtype}"] = [measured(config, world), expected]
+        name, peak = f"{stage} {dtype}", measured(config, world)
+        found[name] = [min(peak, found.get(name, [peak])[0]), expected]
     if world.rank == 0:
         out.write_text(json.dumps(found))
     # Threads of the group that live on while Python ends may abort the process.
