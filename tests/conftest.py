@@ -1,8 +1,11 @@
-"""What every test shares: no settings leak in from the outside, GPU tests need a GPU, tools may be missing."""
+"""What every test shares: no settings leak in from the outside, GPU tests need a GPU, tools may be missing, and what
+broke goes into the table of docs/reliability.md."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -41,3 +44,18 @@ def need_command() -> Callable[[str], None]:
             pytest.skip(f"{name} is not installed here")
 
     return need
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[Callable[..., None]]:
+    """Adds a row to the table of faults, which is written to MMTRAIN_FAULT_REPORT if that is set."""
+    rows: list[dict[str, Any]] = []
+
+    def add(fault: str, promise: str, seen: str, recovery: float | None = None, lost: int | None = None) -> None:
+        """recovery: seconds from the new start to the first step; lost: steps that were done again."""
+        rows.append({"fault": fault, "promise": promise, "seen": seen, "recovery": recovery, "lost": lost})
+
+    yield add
+    if path := os.environ.get("MMTRAIN_FAULT_REPORT"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)

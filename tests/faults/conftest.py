@@ -1,8 +1,6 @@
-"""Prepared data, uninterrupted runs to compare with, and the table that docs/reliability.md shows."""
+"""Prepared data, and uninterrupted runs to compare with."""
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,18 +40,3 @@ def straight(template: Path) -> Callable[..., Path]:
         return run
 
     return make
-
-
-@pytest.fixture(scope="session")
-def table() -> Iterator[Callable[..., None]]:
-    """Adds a row to the table of faults, which is written to MMTRAIN_FAULT_REPORT if that is set."""
-    rows: list[dict[str, Any]] = []
-
-    def add(fault: str, promise: str, seen: str, recovery: float | None = None, lost: int | None = None) -> None:
-        """recovery: seconds from the new start to the first step; lost: steps that were done again."""
-        rows.append({"fault": fault, "promise": promise, "seen": seen, "recovery": recovery, "lost": lost})
-
-    yield add
-    if path := os.environ.get("MMTRAIN_FAULT_REPORT"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,6 +1,6 @@
 """docs/reliability.md from the rows that the fault tests wrote.
 
-MMTRAIN_FAULT_REPORT=faults.jsonl python -m pytest -m faults tests
+MMTRAIN_FAULT_REPORT=faults.jsonl MMTRAIN_CI=1 bash launch/test.sh
 python -m tests.faults.report faults.jsonl > docs/reliability.md
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 HEAD = """\
 # What breaks, and what then happens
 
-Every row below is a test that breaks a real run on purpose: real processes in a real process group (gloo, CPU), real
-files, real signals. The table is written by these tests:
+Every row below is a test that breaks something on purpose: real processes in a real process group (gloo, CPU), real
+files, signals, servers, hosts (network namespaces with an sshd each) and a real Slurm. The tests write the table:
 
 ```bash
-MMTRAIN_FAULT_REPORT=faults.jsonl python -m pytest -m faults tests
+MMTRAIN_FAULT_REPORT=faults.jsonl MMTRAIN_CI=1 bash launch/test.sh
 python -m tests.faults.report faults.jsonl > docs/reliability.md
 ```
 

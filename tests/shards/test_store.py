@@ -222,13 +222,18 @@ def test_names_cannot_lead_elsewhere(name, tmp_path, server, config):
 # Servers that fail
 
 
-def test_a_server_that_recovers_is_forgiven(server, config):
+def test_a_server_that_recovers_is_forgiven(server, config, table):
     config.timeout_seconds = 0.2
     server.faults["/a/x.tar"] = [500, "cut", "stall", None]
     there = open_store(server.url + "/a", config)
     assert there.fetch("x.tar", len(DATA), SHA256).read_bytes() == DATA
     assert there.fetch("x.tar", len(DATA), SHA256).read_bytes() == DATA
     assert server.gets["/a/x.tar"] == 4 and (there.counts.hits, there.counts.misses) == (1, 1)
+    table(
+        "data store gone for a while: an error, a cut, a stall",
+        "tried again with growing pauses; no byte differs",
+        "so",
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ print("mode", sink.mode)
 """
 
 
-def test_a_dead_server_means_offline_within_bounds(tmp_path, monkeypatch):
+def test_a_dead_server_means_offline_within_bounds(tmp_path, monkeypatch, table):
     # In a process of its own with a wandb service of its own: wandb reads its environment only once.
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     with socket.socket() as free:
@@ -84,6 +84,7 @@ def test_a_dead_server_means_offline_within_bounds(tmp_path, monkeypatch):
     assert len(lines) == 2 and lines[0].endswith("logging offline.") and lines[1] == "mode offline"
     assert "0" * 40 not in done.stdout + done.stderr
     assert sum(record.get("type") == "history" for record in records(tmp_path)) == 1
+    table("W&B's server does not answer", "said once, logged offline; training goes on, no row is lost", "so")
 
 
 OFFLINE = """
