@@ -20,6 +20,7 @@ from mmtrain.train.status import read_status
 from mmtrain.train.stop import terminate_when_orphaned
 from mmtrain.train.supervise import FINISHED
 
+PROGRAM = (sys.executable, "-m", "mmtrain")
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
 LOG = "logs/sweep.log"
 CLAIM = ".sweep.lock"  # in a run directory: held by the process of the job, also when the sweep is gone
@@ -106,7 +107,7 @@ class Running:
             log.write(f"$ {shlex.join(['mmtrain', *words])}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mmtrain", *words],
+                [*PROGRAM, *words],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
