@@ -7,8 +7,10 @@ guess: an unknown device has no peak, a value known only from memory stays out o
 from mmtrain.flops.compare import ComputeRow, OwnRun, comparison_figure, compute_table
 from mmtrain.flops.count import (
     TOKEN_KINDS,
+    ModuleFlops,
     StepFlops,
     document_lengths,
+    flops_by_module,
     flops_from_sums,
     forward_flops,
     forward_flops_per_token,
@@ -27,6 +29,7 @@ __all__ = [
     "ComputeRow",
     "Device",
     "Ledger",
+    "ModuleFlops",
     "OwnRun",
     "Quantity",
     "StepFlops",
@@ -34,6 +37,7 @@ __all__ = [
     "compute_table",
     "document_lengths",
     "find_device",
+    "flops_by_module",
     "flops_from_sums",
     "forward_flops",
     "forward_flops_per_token",
