@@ -19,20 +19,25 @@ from mmtrain.flops.count import (
     step_flops,
 )
 from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, peak_flops
+from mmtrain.flops.journal import Account, Journal, read_account
 from mmtrain.flops.ledger import BOOKS, Ledger
+from mmtrain.flops.lineage import base_model
 from mmtrain.flops.registry import Baseline, Quantity, load_registry
 
 __all__ = [
     "BOOKS",
     "TOKEN_KINDS",
+    "Account",
     "Baseline",
     "ComputeRow",
     "Device",
+    "Journal",
     "Ledger",
     "ModuleFlops",
     "OwnRun",
     "Quantity",
     "StepFlops",
+    "base_model",
     "comparison_figure",
     "compute_table",
     "document_lengths",
@@ -45,6 +50,7 @@ __all__ = [
     "matmul_parameters",
     "measured_matmul_rate",
     "peak_flops",
+    "read_account",
     "split_by_kind",
     "step_flops",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmtrain.documents import Document, decode_square, encode_png
-from mmtrain.flops import OwnRun, comparison_figure, compute_table
+from mmtrain.flops import OwnRun, comparison_figure, compute_table, forward_flops
 from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import Neighbours, window_document
 from mmtrain.shards import DocumentShards
@@ -35,6 +35,7 @@ def collect(run: TrainedRun) -> ReportData:
     documents = run.held_out(4 * NUM_DOCUMENTS) if run.artifacts.main in run.artifacts.documents else []
     held_out = [document for document in documents if document.texts and document.images][:NUM_DOCUMENTS]
     generated, captions = sample(run, held_out)
+    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths), "report")
     ledger = json.loads((run.folder / "ledger.json").read_text())
     metrics = read_metrics(run.folder / "metrics.jsonl")
     tokenizer = json.loads((run.artifacts.image_tokenizer / "metrics.json").read_text())
