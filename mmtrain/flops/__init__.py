@@ -8,8 +8,10 @@ from mmtrain.flops.compare import ComputeRow, OwnRun, comparison_figure, compute
 from mmtrain.flops.count import (
     BACKWARD_AND_FORWARD,
     TOKEN_KINDS,
+    ModuleFlops,
     StepFlops,
     document_lengths,
+    flops_by_module,
     flops_from_sums,
     forward_flops,
     forward_flops_per_token,
@@ -18,24 +20,31 @@ from mmtrain.flops.count import (
     step_flops,
 )
 from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, peak_flops
+from mmtrain.flops.journal import Account, Journal, read_account
 from mmtrain.flops.ledger import BOOKS, Ledger
+from mmtrain.flops.lineage import base_model
 from mmtrain.flops.registry import Baseline, Quantity, load_registry
 
 __all__ = [
     "BACKWARD_AND_FORWARD",
     "BOOKS",
     "TOKEN_KINDS",
+    "Account",
     "Baseline",
     "ComputeRow",
     "Device",
+    "Journal",
     "Ledger",
+    "ModuleFlops",
     "OwnRun",
     "Quantity",
     "StepFlops",
+    "base_model",
     "comparison_figure",
     "compute_table",
     "document_lengths",
     "find_device",
+    "flops_by_module",
     "flops_from_sums",
     "forward_flops",
     "forward_flops_per_token",
@@ -43,6 +52,7 @@ __all__ = [
     "matmul_parameters",
     "measured_matmul_rate",
     "peak_flops",
+    "read_account",
     "split_by_kind",
     "step_flops",
 ]

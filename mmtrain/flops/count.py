@@ -1,4 +1,4 @@
-"""FLOPs of the decoder in closed form: three numbers per training step, each with its convention.
+"""FLOPs of the decoder in closed form, by module and pass: three sums per training step, each with its convention.
 
 One multiply-add = 2 FLOPs; an (m, k) by (k, n) product is 2mkn. The embedding look-up is no product; the
 output head is one, tied or not. Norms, activations and softmax (under 1 %) are left out, as is usual.
@@ -24,7 +24,6 @@ import numpy as np
 from mmtrain.config import ModelConfig, UserError
 
 TOKEN_KINDS = ("text", "image", "retrieved", "special")
-BACKWARD_AND_FORWARD = 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,25 @@ class StepFlops:
 
     def __add__(self, other: "StepFlops") -> "StepFlops":
         return StepFlops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class ModuleFlops:
+    """FLOPs of one module: the forward pass, the backward pass, and what the backward pass computes once more."""
+
+    forward: int
+    backward: int
+    recompute: int = 0
+
+    @property
+    def model(self) -> int:
+        """What training needs, however it is done."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """What is executed."""
+        return self.model + self.recompute
 
 
 def _widths(model: ModelConfig) -> tuple[int, int, int]:
@@ -53,6 +71,7 @@ def forward_flops_per_token(model: ModelConfig, vocabulary_size: int) -> dict[st
     """
     layers, width, ffn_width = _widths(model)
     return {
+        "embedding": 0,
         "attention_projections": 2 * layers * 2 * width * (width + model.num_kv_heads * model.head_size),
         "feed_forward": 2 * layers * (3 if model.gated else 2) * width * ffn_width,
         "head": 2 * width * vocabulary_size,
@@ -67,6 +86,25 @@ def matmul_parameters(model: ModelConfig, vocabulary_size: int) -> int:
 def _scores_forward(model: ModelConfig, squared_lengths: int) -> int:
     """Forward FLOPs of full (not causal) attention: QK^T and the weighted sum, 2 n^2 d each, in every layer."""
     return 4 * model.layers * model.width * squared_lengths
+
+
+def flops_by_module(
+    model: ModelConfig, vocabulary_size: int, num_tokens: int, scores_forward: int
+) -> dict[str, ModuleFlops]:
+    """Training on `num_tokens` tokens by module: embedding, attention projections and scores, feed-forward, head.
+
+    scores_forward: forward FLOPs of QK^T and the weighted sum in all layers, by the convention of the caller.
+    """
+    per_token = forward_flops_per_token(model, vocabulary_size)
+    forward = {name: num_tokens * flops for name, flops in per_token.items()} | {"attention_scores": scores_forward}
+    again = dict.fromkeys(forward, 0)
+    if model.activation_checkpointing:
+        blocks = ("attention_projections", "attention_scores", "feed_forward")
+        again |= {name: forward[name] for name in blocks}
+        # torch's recomputation of a block stops before its last product, unless a norm or a dropout mask follows it
+        if not (model.norm_after or model.dropout):
+            again["feed_forward"] -= forward["feed_forward"] // (3 if model.gated else 2)
+    return {name: ModuleFlops(flops, 2 * flops, again[name]) for name, flops in forward.items()}
 
 
 def _lengths_and_squares(lengths: Iterable[int]) -> tuple[int, int]:
@@ -132,28 +170,23 @@ def flops_from_sums(
     computed_squares: scores per head that the kernel really computes, where it is neither of the two.
     Raises ValueError when the documents do not fit the rows.
     """
-    per_token = forward_flops_per_token(model, vocabulary_size)
-    linear = sum(per_token.values())
     row_tokens = num_rows * row_length
     if num_tokens > row_tokens:
         raise ValueError(f"documents of {num_tokens} tokens do not fit {num_rows} rows of {row_length}")
 
-    causal = num_tokens * linear + _scores_forward(model, squared_lengths) // 2
-    palm = num_tokens * (linear + _scores_forward(model, row_length))
-    computed_scores = _scores_forward(model, num_rows * row_length**2)
+    causal_scores = _scores_forward(model, squared_lengths) // 2
+    computed_scores = _scores_forward(model, num_rows * row_length**2) if dense_attention else causal_scores
     if computed_squares is not None:
         computed_scores = _scores_forward(model, computed_squares)
-    elif not dense_attention:
-        computed_scores = _scores_forward(model, squared_lengths) // 2
-    hardware = BACKWARD_AND_FORWARD * (row_tokens * linear + computed_scores)
-    if model.activation_checkpointing:
-        # torch's recomputation of a block stops before its last product, unless a norm or a dropout mask follows it
-        is_last = not (model.norm_after or model.dropout)
-        last = per_token["feed_forward"] // (3 if model.gated else 2) if is_last else 0
-        hardware += (
-            row_tokens * (per_token["attention_projections"] + per_token["feed_forward"] - last) + computed_scores
-        )
-    return StepFlops(BACKWARD_AND_FORWARD * causal, BACKWARD_AND_FORWARD * palm, hardware)
+
+    def modules(tokens: int, scores: int) -> Iterable[ModuleFlops]:
+        return flops_by_module(model, vocabulary_size, tokens, scores).values()
+
+    return StepFlops(
+        model_causal=sum(module.model for module in modules(num_tokens, causal_scores)),
+        model_palm=sum(module.model for module in modules(num_tokens, _scores_forward(model, num_tokens * row_length))),
+        hardware=sum(module.hardware for module in modules(row_tokens, computed_scores)),
+    )
 
 
 def split_by_kind(total: int, tokens: Mapping[str, int]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+SCALING_BOOK = "jax-ml/scaling-book tpus.md@0819a7d"
 TORCHTITAN = "pytorch/torchtitan torchtitan/tools/utils.py get_peak_flops@b5bcd76"
 LIGHTNING = "Lightning-AI/pytorch-lightning src/lightning/fabric/utilities/throughput.py@7f0c343"
 ML_ENGINEERING = "stas00/ml-engineering compute/accelerator/README.md@744d01e"
@@ -40,6 +41,12 @@ DEVICES = (
     Device("V100 SXM", r"\bV100\b.*SXM", 1.25e14, LIGHTNING, "fp16 tensor cores; the V100 has no bf16"),
     Device("MI300X", r"\bMI300X\b", 1.307e15, f"{ML_ENGINEERING} (1307 by clock formula; torchtitan rounds to 1.3e15)"),
     Device("MI250X (one GCD)", r"\bMI250X\b", 1.915e14, TORCHTITAN, "torch sees two devices per package"),
+    Device("TPU v6e", r"\bTPU ?v6(e| ?lite)\b", 9.18e14, f"{TORCHTITAN}; {ML_ENGINEERING}", "per chip; scaling-book: 9.20e14"),
+    Device("TPU v5p", r"\bTPU ?v5p\b", 4.59e14, f"{TORCHTITAN}; {SCALING_BOOK}", "per chip"),
+    Device("TPU v5e", r"\bTPU ?v5(e| ?lite)\b", 1.97e14, f"{TORCHTITAN}; {LIGHTNING}; {SCALING_BOOK}", "per chip"),
+    Device("TPU v4", r"\bTPU ?v4\b", 2.75e14, f"{LIGHTNING}; {TORCHTITAN}; {ML_ENGINEERING}", "per chip"),
+    Device("TPU v3", r"\bTPU ?v3\b", 1.23e14, LIGHTNING, "per chip of two cores"),
+    Device("TPU v2", r"\bTPU ?v2\b", 4.5e13, LIGHTNING, "per chip of two cores"),
 )
 
 

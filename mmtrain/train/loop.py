@@ -10,7 +10,7 @@ import torch
 
 from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.config.randomness import random_stream
-from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops
+from mmtrain.flops import Journal, Ledger, measured_matmul_rate, peak_flops
 from mmtrain.models.signs import describe_signs
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
@@ -59,12 +59,22 @@ class Run:
     tokens: int = 0
     owes_validation: bool = False
     """Whether a stop kept the validation after this step from being done."""
+    journal: Journal | None = None
+    """Where the ledger is kept, on rank 0."""
     weights: str = ""
     """Fingerprint of the weights folder that the run started from; checkpoints keep it."""
     slow_windows: dict[tuple[int, str], int] = field(default_factory=dict)
     """For how many log rows in a row a rank has been slow in a section."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers that do not change; they are in the first row that is logged."""
+
+    def keep_ledger(self) -> None:
+        """Append what was booked since the last time to the journal; a disk that is full does not stop training."""
+        if self.journal:
+            try:
+                self.journal.write(self.ledger, self.step)
+            except OSError as error:
+                self.say(f"the compute ledger was not written ({error}); it is tried again with the next log row")
 
     def say(self, sentence: str) -> None:
         """Tell the user, once for all ranks."""
@@ -81,8 +91,7 @@ def train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     steps = config.train.steps
     peak = device_peak(config, world)
-    if world.device.type == "cpu" and peak:
-        run.say(f"MFU is relative to {peak / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now")
+    run.say(describe_peak(config, world, peak))
     row: dict[str, Any] = {}
     if config.train.dry_run and run.step < steps:
         dry_run(run)
@@ -132,7 +141,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
         for sentence in [*verdict.sentences, *run.saver.poll()]:
             run.say(sentence)
         row = {}
-        if is_logged or saving:
+        if is_logged or saving or verdict.rollback:
             row = book_and_describe(run, window.reduce(), peak) | watched(run)
             row |= {"lr": rate, "grad_norm": as_float(norm)} | run.facts
             run.facts = {}
@@ -148,7 +157,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
             saving = saving or bool(run.stopping.reason)
         if row and run.tracker:
             run.tracker.log(run.step, row)
-            run.ledger.save(run.folder / "ledger.json")
+            run.keep_ledger()
         if saving:
             with sections("checkpoint"):
                 save(run, stream_state(run, batches))
@@ -210,12 +219,15 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
         if checkpoint is None or checkpoint.step >= spike:
             run.say(f"there is no checkpoint before step {spike} to go back to; going on")
             return False
+        run.keep_ledger()
         stream, spent = stream_state(run, batches), run.ledger.state()
         health, detector = run.health.state(), run.detector.state()
         skips = run.health.skips.back(checkpoint.step, run.step)
         restore(run, checkpoint)
         run.stream.load(stream)
         run.ledger.repeat(spent)
+        if run.journal:
+            run.journal.start(run.ledger, run.step)
         run.health.load(health)
         run.health.skips = skips
         run.detector.load(detector)
@@ -352,9 +364,8 @@ def save(run: Run, stream: dict[str, Any]) -> None:
         "weights": run.weights,
         "run_id": run.run_id,
     }
+    run.keep_ledger()
     run.saver.save(run.engine.owned(), run.shapes, state)
-    if run.world.rank == 0:
-        run.ledger.save(run.folder / "ledger.json")
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -378,6 +389,21 @@ def device_peak(config: Config, world: World) -> float | None:
         return peak * world.size if peak else None
     rate = torch.tensor(measured_matmul_rate(dtype), dtype=torch.float64)
     return float(world.sum(rate))
+
+
+def describe_peak(config: Config, world: World, peak: float | None) -> str:
+    """What MFU is relative to, or why there is none; beside a published peak, what this GPU was measured to reach."""
+    if world.device.type == "cpu":
+        return f"MFU is relative to {(peak or 0) / 1e9:.0f} GFLOP/s, the rate of matrix products measured just now"
+    name, dtype = torch.cuda.get_device_name(world.device), config.engine.dtype
+    measured = 0.0
+    if world.rank == 0:
+        measured = measured_matmul_rate(torch.bfloat16 if dtype == "bf16" else torch.float32, device=world.device)
+    reached = f"matrix products measured just now: {measured / 1e12:.0f} TFLOP/s"
+    if peak is None:
+        return f"no MFU: no peak of {name} in {dtype} was read in a source; {reached} per GPU"
+    share = measured * world.size / peak
+    return f"MFU is relative to the {peak / world.size / 1e12:.0f} TFLOP/s of {name}; {reached} ({100 * share:.0f} %)"
 
 
 def as_float(value: Any) -> float | None:

@@ -95,6 +95,21 @@ class Artifacts:
             by_source("pictures"),
         )
 
+    def flops_by_folder(self) -> dict[str, dict[str, int]]:
+        """What each of these artifacts cost, by its name and by book of the ledger."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        folders = [folder for value in values for folder in (value.values() if isinstance(value, dict) else [value])]
+        found = {}
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+            costs = folder / "flops.json"
+            books = json.loads(costs.read_text()) if costs.is_file() else {}
+            metrics = folder / "metrics.json"
+            if folder == self.image_tokenizer.resolve() and metrics.is_file():
+                books = {"image_tokenizer_train": int(json.loads(metrics.read_text())["flops"])}
+            if books:
+                found[f"{folder.parent.name}/{folder.name}"] = books
+        return found
+
     def flops(self) -> dict[str, int]:
         """What these artifacts cost, by book of the ledger."""
         books: Counter[str] = Counter()

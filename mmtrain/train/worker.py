@@ -21,7 +21,7 @@ from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
 from mmtrain.config.signals import deaf_children
 from mmtrain.config.weights import open_weights
-from mmtrain.flops import Ledger
+from mmtrain.flops import Journal, Ledger, base_model
 from mmtrain.models import check_attention, num_positions
 from mmtrain.models.weights import load_weights, verify_weights
 from mmtrain.retrieval import Neighbours
@@ -201,11 +201,9 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
         run.validation = [held_out.prepare(i, world.rank, world.size) for i in batches]
     if checkpoint:
         restore(run, checkpoint)
-    else:
-        for kind, flops in artifacts.flops().items():
-            run.ledger.book(kind, flops)
     if world.rank == 0:
-        repeated = run.ledger.recover(folder / "ledger.json")
+        run.journal = Journal(folder)
+        repeated = run.journal.start(run.ledger, run.step, artifacts.flops_by_folder(), base_model(config, weights))
         announce(run, learner.num_parameters, repeated)
         write_text_atomic(folder / "engine.json", json.dumps(engine.effective(), indent=1) + "\n")
         write_status(folder, "running", run.step, "")

@@ -110,7 +110,7 @@ def evaluate_run_with_guidance(run: TrainedRun) -> int:
 
 def book_evaluation(run: TrainedRun) -> None:
     """Book all that the sampler did."""
-    run.book("evaluation", run.sampler.flops)
+    run.book("evaluation", run.sampler.flops, "evaluate")
 
 
 def evaluate_run_on_loss(run: TrainedRun) -> int:
@@ -141,7 +141,7 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
     Console().print(table)
     path = run.folder / "evaluation-loss.json"
     write_text_atomic(path, json.dumps(record, indent=1))
-    run.book("evaluation", flops)
+    run.book("evaluation", flops, "evaluate")
     closing_box("evaluated", {"numbers": os.path.relpath(path)})
     return 0
 

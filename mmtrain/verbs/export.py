@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from mmtrain.config import UserError, build_artifact
-from mmtrain.flops import Ledger
+from mmtrain.flops import read_account
+from mmtrain.flops.lineage import write_compute
 from mmtrain.models import count_parameters, num_positions
 from mmtrain.models.huggingface import check_exportable, export_folder
 from mmtrain.models.huggingface.exporting import DTYPES
@@ -115,14 +116,15 @@ def _fill(run: TrainedRun, origin: dict, dtype: str, shard_bytes: int, out: Path
     parameters = {name: parameter.detach() for name, parameter in parameters.items()}
     export_folder(config.model, parameters, run.vocabulary, tokenizer, positions, out, dtype, shard_bytes)
     run.image.save(out / "image_tokenizer")
-    m = config.model
+    m, account = config.model, read_account(run.folder)
+    write_compute(out, run.folder.name, account)
     card = CARD.format(
         name=run.folder.name,
         family=m.family,
         parameters=count_parameters(m, run.vocabulary.size, positions),
         step=run.checkpoint.step,
         tokens=int(run.checkpoint.state["tokens"]),
-        flops=Ledger.read(run.folder / "ledger.json").training_total,
+        flops=account.ledger.training_total,
         objective=config.objective.kind,
         corpus=", ".join(config.sources),
         layers=m.layers,

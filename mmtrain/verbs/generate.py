@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         total = len(asked) * g.num_samples
         record = head | {"complete": len(records) == total, "samples": records}
         write_text_atomic(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    run.book("sampling", run.sampler.flops)
+    run.book("sampling", run.sampler.flops, "generate")
     places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / RECORD)}
     if (out / GRID).exists():
         places["grid"] = os.path.relpath(out / GRID)

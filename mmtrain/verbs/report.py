@@ -35,6 +35,7 @@ def collect(run: TrainedRun) -> ReportData:
     documents = run.held_out(4 * NUM_DOCUMENTS) if run.artifacts.main in run.artifacts.documents else []
     held_out = [document for document in documents if document.texts and document.images][:NUM_DOCUMENTS]
     generated, captions = sample(run, held_out)
+    run.book("sampling", run.sampler.flops, "report")
     ledger = json.loads((run.folder / "ledger.json").read_text())
     metrics = read_metrics(run.folder / "metrics.jsonl")
     tokenizer = json.loads((run.artifacts.image_tokenizer / "metrics.json").read_text())

@@ -14,7 +14,7 @@ from mmtrain.config import Config, UserError
 from mmtrain.config.artifact import FINGERPRINT_LENGTH
 from mmtrain.config.compose import compose, load_frozen, with_overrides
 from mmtrain.documents import Document
-from mmtrain.flops import Ledger
+from mmtrain.flops import Journal
 from mmtrain.generate import PictureSampler, Sampler
 from mmtrain.retrieval import Memory, window_tokens
 from mmtrain.retrieval.build import MEMORY
@@ -127,7 +127,7 @@ class TrainedRun:
                     k,
                 )
             )
-        self.book("retrieval_encode", memory.encoder.flops - before)
+        self.book("retrieval_encode", memory.encoder.flops - before, "retrieval for samples")
         # Where training draws their order, the best one stands last, next to the prompt.
         best_first = self.config.retrieval.order == "best_first"
         return [
@@ -135,12 +135,10 @@ class TrainedRun:
             for row in found
         ]
 
-    def book(self, kind: str, flops: int) -> None:
-        """Book FLOPs in the run's ledger."""
-        path = self.folder / "ledger.json"
-        ledger = Ledger.read(path)
-        ledger.book(kind, flops)
-        ledger.save(path)
+    def book(self, kind: str, flops: int, by: str = "command") -> None:
+        """Book FLOPs of the command `by` in the run's ledger."""
+        if flops:
+            Journal(self.folder).book(kind, flops, by)
 
 
 def open_trained(argv: list[str]) -> TrainedRun:
