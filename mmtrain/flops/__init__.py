@@ -16,7 +16,7 @@ from mmtrain.flops.count import (
     split_by_kind,
     step_flops,
 )
-from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, peak_flops
+from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, memory_gib, peak_flops
 from mmtrain.flops.ledger import BOOKS, Ledger
 from mmtrain.flops.registry import Baseline, Quantity, load_registry
 
@@ -40,6 +40,7 @@ __all__ = [
     "load_registry",
     "matmul_parameters",
     "measured_matmul_rate",
+    "memory_gib",
     "peak_flops",
     "split_by_kind",
     "step_flops",

@@ -1,5 +1,10 @@
 """Model families by name."""
 
+from collections import Counter
+from dataclasses import astuple
+from functools import cache
+from typing import Any
+
 import torch
 
 from mmtrain.config import Config, ModelConfig
@@ -24,4 +29,20 @@ def num_positions(config: Config) -> int:
 
 def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:
     """Parameters of the model, a tied head counted once; nothing is allocated."""
-    return sum(p.numel() for p in build_model(config, vocabulary_size, max_positions, "meta").parameters())
+    return sum(parameters_by_module(config, vocabulary_size, max_positions).values())
+
+
+def parameters_by_module(config: ModelConfig, vocabulary_size: int, max_positions: int) -> dict[str, int]:
+    """Parameters by the module that holds them: token_embedding, attention, ffn, head, ...; nothing is allocated."""
+    return dict(_by_module(astuple(config), vocabulary_size, max_positions))
+
+
+@cache
+def _by_module(values: tuple[Any, ...], vocabulary_size: int, max_positions: int) -> Counter[str]:
+    """The blocks' parameters by their part, all others by the model's; values: of a ModelConfig."""
+    counts: Counter[str] = Counter()
+    model = build_model(ModelConfig(*values), vocabulary_size, max_positions, "meta")
+    for name, parameter in model.named_parameters():
+        module = name.split(".")
+        counts[module[2] if module[0] == "blocks" else module[0]] += parameter.numel()
+    return counts

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 memory_cases.py OUT   writes {stage dtype: [measured
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,15 @@ def batch(rows: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
     return fields | {"loss_weight": torch.ones(rows, length, device=device)}
 
 
-def train(config: Config, world: World) -> None:
-    """Two steps from nothing."""
+def train(config: Config, world: World, steps: int = 2, before_last: Callable[[], object] = int) -> None:
+    """Steps from nothing; `before_last` is called before the last of them."""
     rows, length = config.engine.micro_batch, config.stream.sequence_length
     model = build_model(config.model, VOCABULARY, length)
     model.initialize(0)
     engine = build_engine(model.to(world.device), config, world, 2)
-    for _ in range(2):
+    for step in range(steps):
+        if step == steps - 1:
+            before_last()
         inputs = batch(2 * rows, length, world.device.type)
         for part in range(2):
             sums = engine.forward({name: tensor.chunk(2)[part] for name, tensor in inputs.items()})
