@@ -1,11 +1,12 @@
 """Model families by name."""
 
-from collections import Counter
 from dataclasses import astuple
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mmtrain.config import Config, ModelConfig
 from mmtrain.models.chameleon import Chameleon
@@ -29,20 +30,22 @@ def num_positions(config: Config) -> int:
 
 def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:
     """Parameters of the model, a tied head counted once; nothing is allocated."""
-    return sum(parameters_by_module(config, vocabulary_size, max_positions).values())
+    return sum(p.numel() for p in shapes_only(config, vocabulary_size, max_positions).parameters())
 
 
-def parameters_by_module(config: ModelConfig, vocabulary_size: int, max_positions: int) -> dict[str, int]:
-    """Parameters by the module that holds them: token_embedding, attention, ffn, head, ...; nothing is allocated."""
-    return dict(_by_module(astuple(config), vocabulary_size, max_positions))
+def shapes_only(config: ModelConfig, vocabulary_size: int, max_positions: int) -> Decoder:
+    """The model on the meta device, to look at; one for all who ask."""
+    return _shapes_only(astuple(config), vocabulary_size, max_positions)
 
 
 @cache
-def _by_module(values: tuple[Any, ...], vocabulary_size: int, max_positions: int) -> Counter[str]:
-    """The blocks' parameters by their part, all others by the model's; values: of a ModelConfig."""
-    counts: Counter[str] = Counter()
-    model = build_model(ModelConfig(*values), vocabulary_size, max_positions, "meta")
-    for name, parameter in model.named_parameters():
-        module = name.split(".")
-        counts[module[2] if module[0] == "blocks" else module[0]] += parameter.numel()
-    return counts
+def _shapes_only(values: tuple[Any, ...], vocabulary_size: int, max_positions: int) -> Decoder:
+    with _NothingDrawn():
+        return build_model(ModelConfig(*values), vocabulary_size, max_positions, "meta")
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out normal_, for which torch imports its compiler on the meta device: two seconds for nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))

@@ -8,11 +8,14 @@ micro-batch; and stage 3 keeps what its backward pass needs soon, so that it gat
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from mmtrain.config import Config
-from mmtrain.models import count_parameters
+from mmtrain.models import Decoder, count_parameters, shapes_only
 from mmtrain.train.activations import Precision
 
 REUSED_WITHIN = 1_000_000_000  # elements: stage3_max_reuse_distance
+PERSISTENT = 100_000  # elements of a parameter that stage 3 leaves whole: stage3_param_persistence_threshold
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,41 @@ def traffic(
     if stage in (1, 2):
         passes = micro_batches if stage == 2 else 1
         return Traffic(passes * sent(2 * summed * P), sent(size * P))
-    gathered = _gathered(config, P, vocabulary_size, reused_within)
-    return Traffic(micro_batches * sent(summed * P), micro_batches * sent(size * gathered))
+    gathered, once = _gathered(config, vocabulary_size, positions, reused_within)
+    return Traffic(micro_batches * sent(summed * P), micro_batches * sent(size * gathered) + sent(size * once))
 
 
-def _gathered(config: Config, P: int, vocabulary_size: int, reused_within: int) -> int:
-    """Elements that stage 3 gathers in a micro-batch: all forward, and backward what it let go since.
+def _gathered(config: Config, vocabulary_size: int, positions: int, reused_within: int) -> tuple[int, int]:
+    """Elements that stage 3 gathers in each micro-batch, and once in each step: small parameters, which it keeps.
 
-    It lets go what is used again after more than `reused_within` elements. On the way back each block lies behind
-    what is above it twice, or three times where blocks are computed again.
+    Parameters are gathered for the module that uses them, and let go behind it unless the modules of the next
+    `reused_within` elements use them again (partitioned_param_coordinator.py).
     """
-    kept = reused_within // (3 if config.model.activation_checkpointing else 2)
-    return P + max(0, P - kept)
+    model = shapes_only(config.model, vocabulary_size, positions)
+    order = [[p for p in module.parameters(recurse=False) if p.numel() > PERSISTENT] for module in _order(model)]
+    sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in _order(model)]
+    gathered, there = 0, set[nn.Parameter]()
+    for position, used in enumerate(order, 1):
+        gathered += sum(p.numel() for p in used if p not in there)
+        there.update(used)
+        soon, traversed = set[nn.Parameter](), 0
+        while position < len(order) and traversed < reused_within:
+            soon.update(order[position])
+            traversed += sizes[position]
+            position += 1
+        there.difference_update(p for p in used if p not in soon)
+    return gathered, sum(p.numel() for p in model.parameters() if p.numel() <= PERSISTENT)
+
+
+def _order(model: Decoder) -> list[nn.Module]:
+    """The modules in the order in which a micro-batch uses them, there and back."""
+    blocks = [list(block.modules()) for block in model.blocks]
+    inside = {module for block in blocks for module in block}
+    around = [module for module in model.modules() if module not in inside]
+    embeddings = [module for module in around if isinstance(module, nn.Embedding)]
+    head = [module for module in around if module not in embeddings]
+    forward = [*embeddings, *(module for block in blocks for module in block), *head]
+    backward = head[::-1]
+    for block in reversed(blocks):
+        backward += [*(block if model.config.activation_checkpointing else []), *reversed(block)]
+    return [*forward, *backward, *reversed(embeddings)]

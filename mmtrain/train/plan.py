@@ -6,6 +6,7 @@ train/memory.py, train/communication.py; what is assumed is said by `mmtrain pla
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from mmtrain.config import Config, UserError
 from mmtrain.flops import StepFlops, find_device, memory_gib, step_flops
 from mmtrain.flops.devices import DEVICES, MEMORY_GIB
-from mmtrain.models import num_positions, parameters_by_module
+from mmtrain.models import num_positions, shapes_only
 from mmtrain.track.metrics import read_metrics
 from mmtrain.train.communication import Traffic, traffic
 from mmtrain.train.hosts import divides
@@ -173,7 +174,7 @@ def make_plan(config: Config, vocabulary_size: int) -> Plan:
     mfu = measured_mfu(Path(config.plan.run)) if config.plan.run else config.plan.mfu
     is_dense = model.attention not in ("flex", "varlen")
     flops = step_flops(model, vocabulary_size, [length], 1, length, dense_attention=is_dense)
-    parameters = parameters_by_module(model, vocabulary_size, num_positions(config))
+    parameters = parameters_by_module(config, vocabulary_size)
     tokens = config.plan.tokens or config.train.steps * config.stream.global_batch * length
     candidates: list[Candidate] = []
     for nodes in node_counts(config):
@@ -278,6 +279,15 @@ def checkpoint_bytes(parameters: dict[str, int], optimizer: str) -> int:
     total = sum(parameters.values())
     muon = parameters["attention"] + parameters["ffn"] if optimizer == "muon" else 0
     return 12 * total - 4 * muon
+
+
+def parameters_by_module(config: Config, vocabulary_size: int) -> dict[str, int]:
+    """Parameters by the module that holds them: token_embedding, attention, ffn, head, ..., blocks added up."""
+    counts: Counter[str] = Counter()
+    for name, parameter in shapes_only(config.model, vocabulary_size, num_positions(config)).named_parameters():
+        module = name.split(".")
+        counts[module[2] if module[0] == "blocks" else module[0]] += parameter.numel()
+    return dict(counts)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
