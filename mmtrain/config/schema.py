@@ -402,6 +402,23 @@ class SweepConfig:
 
 
 @dataclass
+class PlanConfig:
+    """The cluster and the data budget that `mmtrain plan` plans for; training reads none of it."""
+
+    device: str = knob("A100", "GPU, by a name such as A100, H100-SXM, H100-PCIe, H200, B200, MI300X (those of mmtrain/flops/devices.py).")
+    memory_gib: float = knob(0.0, "Memory of a GPU, in GiB (0: of the largest of its kind, such as 80 for an A100).", minimum=0.0)
+    gpus_per_node: int = knob(8, "GPUs per node.", minimum=1)
+    nodes: list[int] = knob([], "Numbers of nodes to compare (empty: powers of two up to 64 whose GPUs divide the global batch).")
+    mfu: float = knob(0.4, "Assumed MFU, by PaLM's convention: full attention, nothing counted for recomputation.", minimum=0.001, maximum=1.0)
+    run: str | None = knob(None, "Take the MFU that this run directory measured instead.")
+    tokens: float = knob(0.0, "Data budget, such as 1.4e12 (0: train.steps x stream.global_batch x stream.sequence_length).", minimum=0.0)
+    intra_node_gbps: float = knob(2400.0, "Gbit/s that a GPU sends to others of its node (NVLink of an A100: 2,400).", minimum=0.001)
+    inter_node_gbps: float = knob(1600.0, "Gbit/s that a node sends to others, over all of its adapters.", minimum=0.001)
+    storage_gbps: float = knob(80.0, "Gbit/s that the file system of the checkpoints takes, over all writers.", minimum=0.001)
+    price_per_gpu_hour: float = knob(0.0, "Price of a GPU and hour, in any currency (0: no costs).", minimum=0.0)
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -434,6 +451,7 @@ class Config:
     generate: GenerateConfig = knob(GenerateConfig, "Generation.")
     task: TaskConfig = knob(TaskConfig, "Evaluation task.")
     sweep: SweepConfig = knob(SweepConfig, "Sweep.")
+    plan: PlanConfig = knob(PlanConfig, "Plan.")
 
     @property
     def sources(self) -> dict[str, CorpusConfig]:

@@ -19,7 +19,7 @@ from mmtrain.flops.count import (
     split_by_kind,
     step_flops,
 )
-from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, peak_flops
+from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, memory_gib, peak_flops
 from mmtrain.flops.journal import Account, Journal, read_account
 from mmtrain.flops.ledger import BOOKS, Ledger
 from mmtrain.flops.lineage import base_model
@@ -51,6 +51,7 @@ __all__ = [
     "load_registry",
     "matmul_parameters",
     "measured_matmul_rate",
+    "memory_gib",
     "peak_flops",
     "read_account",
     "split_by_kind",

@@ -50,6 +50,18 @@ DEVICES = (
 )
 
 
+# GiB that a torch device has, from the table of memory sizes in the ML_ENGINEERING page above at b9e2972 (MI250X: half
+# of the package; the driver takes about 1 %). Left out: V100 and H100 NVL, which have several sizes or none there, and
+# B200 and GB200, of which devices report less than the table says.
+MEMORY_GIB = {"A100": 80, "H100 SXM": 80, "H100 PCIe": 80, "H200 SXM": 141, "MI300X": 192, "MI250X (one GCD)": 64}
+
+
+def memory_gib(name: str) -> float | None:
+    """GiB of the largest accelerator that is sold as `name` (an A100 has 80 or 40); None when unknown."""
+    device = find_device(name)
+    return MEMORY_GIB.get(device.name) if device else None
+
+
 def find_device(name: str) -> Device | None:
     """The accelerator that torch calls `name` ("NVIDIA H100 80GB HBM3"), or None when it is not in the table."""
     if re.search(r"\bMIG\b", name):

@@ -7,7 +7,7 @@ from mmtrain.models.cache import KVCache
 from mmtrain.models.decoder import Decoder
 from mmtrain.models.loss import LossSums
 from mmtrain.models.packing import Packing, check_attention, document_mask, document_starts, pack_documents
-from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions
+from mmtrain.models.registry import FAMILIES, build_model, count_parameters, num_positions, shapes_only
 
 __all__ = [
     "FAMILIES",
@@ -22,4 +22,5 @@ __all__ = [
     "document_starts",
     "num_positions",
     "pack_documents",
+    "shapes_only",
 ]

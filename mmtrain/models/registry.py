@@ -1,6 +1,12 @@
 """Model families by name."""
 
+from dataclasses import astuple
+from functools import cache
+from typing import Any
+
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mmtrain.config import Config, ModelConfig
 from mmtrain.models.chameleon import Chameleon
@@ -24,4 +30,22 @@ def num_positions(config: Config) -> int:
 
 def count_parameters(config: ModelConfig, vocabulary_size: int, max_positions: int) -> int:
     """Parameters of the model, a tied head counted once; nothing is allocated."""
-    return sum(p.numel() for p in build_model(config, vocabulary_size, max_positions, "meta").parameters())
+    return sum(p.numel() for p in shapes_only(config, vocabulary_size, max_positions).parameters())
+
+
+def shapes_only(config: ModelConfig, vocabulary_size: int, max_positions: int) -> Decoder:
+    """The model on the meta device, to look at; one for all who ask."""
+    return _shapes_only(astuple(config), vocabulary_size, max_positions)
+
+
+@cache
+def _shapes_only(values: tuple[Any, ...], vocabulary_size: int, max_positions: int) -> Decoder:
+    with _NothingDrawn():
+        return build_model(ModelConfig(*values), vocabulary_size, max_positions, "meta")
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out normal_, for which torch imports its compiler on the meta device: two seconds for nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))

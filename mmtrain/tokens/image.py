@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from mmtrain.config import ImageTokenizerConfig, UserError, write_text_atomic
 
@@ -104,6 +103,8 @@ def build_decoder(width: int, downsample: int, latent_dim: int) -> nn.Sequential
 
 def build_quantizer(config: ImageTokenizerConfig) -> tuple[nn.Module, int, int]:
     """Return the quantizer, its number of codes and its input channels."""
+    from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize  # noqa: PLC0415 - it imports torch's compiler
+
     if config.quantizer == "fsq":
         if not config.levels or min(config.levels) < 3:
             raise UserError(f"image_tokenizer.levels={config.levels}: give at least one level, each 3 or more")
@@ -173,7 +174,7 @@ class ImageTokenizer(nn.Module):
 
     def _embed(self, codes: Tensor) -> Tensor:
         """codes (N, T) to quantized vectors (N, T, C)."""
-        if isinstance(self.quantizer, VectorQuantize):
+        if self.config.quantizer == "vq":
             return self.quantizer.get_output_from_indices(codes)
         return self.quantizer.indices_to_codes(codes)
 

@@ -11,12 +11,13 @@ VERBS: dict[str, str] = {
     "export": "write a run as a Hugging Face folder",
     "import": "read a Hugging Face folder of OPT, Llama or Chameleon, to train from it",
     "flops": "compute of published models, of a configuration, of a run",
+    "plan": "memory, time, communication and cost of a run on a cluster, before it",
     "report": "write report.html of a run",
     "checkpoint": "list, verify, prune and compare the checkpoints of a run",
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
-CONFIGURED = ("data", "tokenizer", "retrieval", "train", "generate", "evaluate", "flops", "report", "doctor")
+CONFIGURED = ("data", "tokenizer", "retrieval", "train", "generate", "evaluate", "flops", "plan", "report", "doctor")
 """Verbs that take KEY=VALUE, and so `--cfg job`."""
 
 OF_A_RUN = ("generate", "evaluate", "report")
@@ -189,6 +190,27 @@ hardware (with recomputation).
 Example
   mmtrain flops count model=cm3leon_350m stream.sequence_length=4096
   mmtrain flops run=runs/quickstart
+""",
+    "plan": """\
+mmtrain plan [--json] [settings]
+
+What a run would need and take on a cluster, by ZeRO stage and number of nodes: parameters, memory of a GPU by what
+takes it, what fits, FLOPs by convention, tokens per second and days at an assumed MFU, bytes that each GPU sends and
+their time, checkpoints, cost; and which it recommends, and why. Trains nothing, needs no data and no GPU.
+
+Settings are those of `mmtrain train`; the section plan describes the cluster: plan.device, plan.memory_gib,
+plan.gpus_per_node, plan.nodes, plan.inter_node_gbps, plan.intra_node_gbps, plan.storage_gbps, plan.price_per_gpu_hour;
+the budget (plan.tokens, else that of the run); and plan.mfu, or plan.run=FOLDER for what a run measured. Times are
+ranges: communication hidden behind computing as far as it can be, and not at all. With engine.micro_batch=0 the
+largest that fits is taken. Exit code 2: nothing fits; the sentence says what would need less. --json prints the same
+as JSON, in bytes, seconds and FLOPs.
+
+Example: CM3leon-7B on 2.4 T tokens, on up to 64 A100s
+  mmtrain plan experiment=cm3leon_350m model=cm3leon_7b corpus.path=/data/pairs plan.tokens=2.4e12 plan.nodes=[1,2,4,8]
+
+Example: your own GPUs, with 40 GiB, 4 in a node, behind 200 Gbit/s, at a price
+  mmtrain plan corpus=shapes model=cm3leon_1b stream.global_batch=64 plan.memory_gib=40 plan.gpus_per_node=4 \
+      plan.inter_node_gbps=200 plan.price_per_gpu_hour=1.5
 """,
     "report": """\
 mmtrain report [run=FOLDER]

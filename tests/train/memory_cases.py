@@ -1,11 +1,15 @@
 """The most memory that tensors really take in training, counted from every allocation that torch reports.
 
-torchrun --nproc_per_node 2 memory_cases.py OUT   writes {stage dtype: [measured, estimated]} of DeepSpeed as JSON
+torchrun --nproc_per_node 2 memory_cases.py OUT [LAYERS WIDTH]
+
+writes, of DeepSpeed, as JSON: {"memory": {stage dtype: [measured, estimated]}, "sent": the same in bytes that a rank
+sends in a step}
 """
 
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ import torch
 from torch import Tensor
 
 from mmtrain.config import Config, ModelConfig
-from mmtrain.models import build_model
+from mmtrain.models import build_model, count_parameters
+from mmtrain.train.communication import traffic
 from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.memory import estimate
+from tests.train.communication_cases import BYTES, count_collectives, reusing_within, sent
 
 VOCABULARY = 4096
 TIMES = 2  # collectives' threads and the garbage collector free some tensors late, now and then: the least counts
@@ -41,13 +47,15 @@ def batch(rows: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
     return fields | {"loss_weight": torch.ones(rows, length, device=device)}
 
 
-def train(config: Config, world: World) -> None:
-    """Two steps from nothing."""
+def train(config: Config, world: World, steps: int = 2, before_last: Callable[[], object] = int) -> None:
+    """Steps from nothing; `before_last` is called before the last of them."""
     rows, length = config.engine.micro_batch, config.stream.sequence_length
     model = build_model(config.model, VOCABULARY, length)
     model.initialize(0)
     engine = build_engine(model.to(world.device), config, world, 2)
-    for _ in range(2):
+    for step in range(steps):
+        if step == steps - 1:
+            before_last()
         inputs = batch(2 * rows, length, world.device.type)
         for part in range(2):
             sums = engine.forward({name: tensor.chunk(2)[part] for name, tensor in inputs.items()})
@@ -60,7 +68,7 @@ def measured(config: Config, world: World) -> int:
     """Bytes of CPU tensors at the peak of `train`."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        train(config, world)
+        train(config, world, before_last=BYTES.clear)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     present = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -69,19 +77,32 @@ def measured(config: Config, world: World) -> int:
     return peak
 
 
-def main(out: Path) -> None:
+def main(out: Path, layers: int = 6, width: int = 256) -> None:
+    count_collectives()
     world = start_world()
-    found = {}
+    memory: dict[str, list[int]] = {}
+    sums: dict[str, list[int]] = {}
     for stage, dtype in STAGES * TIMES:
-        config = configure(stage, dtype, 4, 256, world.size)
+        config = configure(stage, dtype, 4, 256, world.size, layers=layers, width=width)
         expected = estimate(config, VOCABULARY, 256, world.size, stage, device="cpu").device_total
         name, peak = f"{stage} {dtype}", measured(config, world)
-        found[name] = [min(peak, found.get(name, [peak])[0]), expected]
+        memory[name] = [min(peak, memory.get(name, [peak])[0]), expected]
+        sums[name] = [sent(world.size), traffic(config, VOCABULARY, 256, world.size, stage).total]
+    # As a model of billions of parameters would: a part of it is still there on the way back.
+    for checkpointing in (False, True):
+        config = configure(
+            3, "bf16", 4, 256, world.size, layers=layers, width=width, activation_checkpointing=checkpointing
+        )
+        within = count_parameters(config.model, VOCABULARY, 256) // 4
+        with reusing_within(within):
+            train(config, world, before_last=BYTES.clear)
+        name = "3 bf16, large" + (", checkpointing" if checkpointing else "")
+        sums[name] = [sent(world.size), traffic(config, VOCABULARY, 256, world.size, 3, within).total]
     if world.rank == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps({"memory": memory, "sent": sums}))
     # Threads of the group that live on while Python ends may abort the process.
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
