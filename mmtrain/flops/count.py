@@ -24,6 +24,7 @@ import numpy as np
 from mmtrain.config import ModelConfig, UserError
 
 TOKEN_KINDS = ("text", "image", "retrieved", "special")
+BACKWARD_AND_FORWARD = 3
 
 
 @dataclass(frozen=True)

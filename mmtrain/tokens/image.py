@@ -225,8 +225,8 @@ class ImageTokenizer(nn.Module):
         return np.concatenate(batches)
 
     @property
-    def _fsq(self) -> FSQ:
-        if not isinstance(self.quantizer, FSQ):
+    def _fsq(self) -> nn.Module:
+        if self.config.quantizer != "fsq":
             raise UserError(f"latents need image_tokenizer.quantizer=fsq, this one has {self.config.quantizer}")
         return self.quantizer
 

@@ -227,7 +227,7 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
         run.stream.load(stream)
         run.ledger.repeat(spent)
         if run.journal:
-            run.journal.start(run.ledger, run.step)
+            run.journal.start(run.ledger, run.step, {})
         run.health.load(health)
         run.health.skips = skips
         run.detector.load(detector)
