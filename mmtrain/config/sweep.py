@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Transformer
 from hydra.errors import HydraException
 
 from mmtrain.config.artifact import fingerprint
-from mmtrain.config.compose import compose
+from mmtrain.config.compose import compose, compose_unchecked
 from mmtrain.config.errors import UserError
 from mmtrain.config.listing import groups
 from mmtrain.config.override import plain_value, quoted, read_override
@@ -74,7 +74,7 @@ def expand(words: list[str], config_dir: Path | None = None) -> Sweep:
             raise UserError(f"{key} cannot be an axis: it belongs to the whole sweep; give it one value")
     if "experiment" in axes and "name" not in rest:
         raise UserError("a sweep over experiments has no name of its own; add name=NAME")
-    settings = compose([*rest.values(), *(f"{key}={values[0]}" for key, values in axes.items())], config_dir)
+    settings = compose_unchecked([*rest.values(), *(f"{key}={values[0]}" for key, values in axes.items())], config_dir)
     from_file = {key: [written(value) for value in values] for key, values in settings.sweep.grid.items()}
     axes = {key: values for key, values in from_file.items() if key not in rest} | axes
     own = {key: word for key, word in rest.items() if key.partition(".")[0] not in OF_THE_WHOLE}
