@@ -25,7 +25,7 @@ from mmtrain.config.override import plain_value, quoted, read_override
 from mmtrain.config.schema import Config
 
 LONGEST_NAME = 120
-WORD = re.compile(r"[A-Za-z_][\w.+-]*")
+WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.+-]*")
 OF_THE_WHOLE = ("name", "root", "run", "sweep")
 """What a sweep has once, not each of its jobs."""
 

@@ -118,7 +118,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(VALUES, max_size=4))
 def test_a_written_value_is_read_as_it_was(values: list) -> None:
     said = read_override(f"sweep.grid={{seed:{written(values)}}}", groups())
