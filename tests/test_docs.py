@@ -107,7 +107,7 @@ def check_command(words: list[str]) -> None:
     if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):
         settings = [word for word in settings if word.partition("=")[0] not in ("run", "root", "name")]
         with_overrides(defaults(), settings)
-    elif "-m" in others:
+    elif "-m" in others and settings:
         expand(settings)
     elif verb in CONFIGURED:
         compose([word for word in settings if not word.startswith("model.weights=")])  # a folder that the reader makes
