@@ -43,7 +43,8 @@ def steps_for(budget: float, first: list[int]) -> int:
 def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = 0) -> list[int]:
     """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them.
 
-    0: as many as hold about SAMPLED_TOKENS; a small corpus has another mean at the end of an epoch. A model of another kind is dispatched from here.
+    0: as many as hold about SAMPLED_TOKENS; a small corpus has another mean at the end of an epoch. A model of
+    another kind is dispatched from here.
     """
     from mmtrain.train.worker import open_stream  # noqa: PLC0415 - it imports the engines
 
