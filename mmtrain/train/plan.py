@@ -24,6 +24,7 @@ from mmtrain.train.memory import USABLE, Memory, Setup, gib
 MOST_NODES = 64
 WORTH_ITS_GPUS = 1.1  # a faster way is recommended while it takes at most so many times the fewest GPU hours
 SECONDS_PER_DAY = 86400
+HEADER_BYTES = 120  # of a tensor in a safetensors file, about: name, type, shape, and offsets
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def make_plan(config: Config, vocabulary_size: int) -> Plan:
         candidates += plain
         if not any(candidate.fits for candidate in plain):
             candidates += [_candidate(config, vocabulary_size, nodes, w, device, seconds) for w in _offloaded(config)]
-    size = checkpoint_bytes(parameters, config.optim.kind)
+    size = checkpoint_bytes(config, vocabulary_size)
     return Plan(config, device, mfu, vocabulary_size, parameters, flops, tokens, size, candidates)
 
 
@@ -271,14 +272,15 @@ def measured_mfu(folder: Path) -> float:
     return statistics.median(values)
 
 
-def checkpoint_bytes(parameters: dict[str, int], optimizer: str) -> int:
-    """Bytes of the tensors of a checkpoint: float32 parameters and moments, whatever engine wrote them.
+def checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
+    """Bytes of a checkpoint: float32 parameters and moments with their headers, whatever engine wrote them.
 
-    Muon has one moment, of the blocks' matrices. Headers and state are left out: some 100 bytes per tensor and rank.
+    Muon has one moment, of the blocks' matrices. The state is left out: some KB, of the stream's lanes.
     """
-    total = sum(parameters.values())
-    muon = parameters["attention"] + parameters["ffn"] if optimizer == "muon" else 0
-    return 12 * total - 4 * muon
+    parameters = parameters_by_module(config, vocabulary_size)
+    muon = parameters["attention"] + parameters["ffn"] if config.optim.kind == "muon" else 0
+    names = list(shapes_only(config.model, vocabulary_size, num_positions(config)).named_parameters())
+    return 12 * sum(parameters.values()) - 4 * muon + 3 * HEADER_BYTES * len(names)
 
 
 def parameters_by_module(config: Config, vocabulary_size: int) -> dict[str, int]:

@@ -136,8 +136,8 @@ def _checkpoint(plan: "Plan", shown: "Candidate", say) -> None:
     train, size, seconds = plan.config.train, plan.checkpoint_bytes, plan.checkpoint_seconds(shown.nodes)
     every = train.checkpoint_every * shown.serial_seconds
     say(
-        f"checkpoint  {size / 1e9:,.1f} GB in {shown.ranks} files of {size / shown.ranks / 1e9:.2g} GB: {seconds:.3g} s, "
-        f"every {train.checkpoint_every:,} steps = {every / 60:.3g} min "
+        f"checkpoint  {size / 1e9:,.1f} GB in {shown.ranks} files of {size / shown.ranks / 1e9:.2g} GB: {seconds:.3g} s,"
+        f" every {train.checkpoint_every:,} steps = {every / 60:.3g} min "
         + ("behind training" if train.async_checkpoint else f"and {seconds / (every + seconds):.2%} of the time")
         + f"; {train.keep_checkpoints} kept = {train.keep_checkpoints * size / 1e9:,.0f} GB"
     )
@@ -149,8 +149,8 @@ def _assumptions(plan: "Plan", say) -> None:
     dense = plan.config.model.attention not in ("flex", "varlen")
     say(
         f"\nassumed\n"
-        f"  MFU {plan.mfu:.1%}, {source}, of {plan.device.peak / 1e12:,.0f} TFLOP/s ({plan.device.name}, dense bf16), by "
-        "PaLM's convention: 6 N + full attention over the row, recomputation not counted\n"
+        f"  MFU {plan.mfu:.1%}, {source}, of {plan.device.peak / 1e12:,.0f} TFLOP/s ({plan.device.name}, dense bf16),"
+        " by PaLM's convention: 6 N + full attention over the row, recomputation not counted\n"
         f"  every row full of one document; hardware FLOPs with {'a dense mask' if dense else 'causal kernels'}\n"
         f"  rings over {p.intra_node_gbps:,.0f} Gbit/s per GPU within a node and {p.inter_node_gbps:,.0f} Gbit/s per "
         "node between them, no latency; bytes as DeepSpeed sends them\n"

@@ -77,11 +77,15 @@ def test_by_their_convention_it_is_so_to_the_last_digit(row: dict[str, Any]) -> 
     assert tokens_per_second(per_token, PUBLISHED["peak"], found) == pytest.approx(row["tokens_per_second_per_gpu"])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("row", [row for row in ROWS if row["model"] != "30b"], ids=str)
 def test_what_was_trained_in_80_gib_is_planned_with_less(row: dict[str, Any]) -> None:
-    found = setup(row)
-    is_built_whole = found.memory.parameters == 4 * count_parameters(found.config.model, VOCABULARY, row["length"])
-    assert (found.needed <= 80 * 2**30) != (row["model"] == "30b" and is_built_whole)
+    assert setup(row).needed <= 80 * 2**30
+
+
+def test_a_model_that_is_built_whole_on_every_gpu_must_fit_there() -> None:
+    """llm-foundry trained 30B in 80 GiB; mmtrain first builds it in float32 on every rank, whatever the stage."""
+    row = next(row for row in ROWS if row["model"] == "30b")
+    assert setup(row).needed == 4 * count_parameters(published(row).model, VOCABULARY, row["length"]) > 80 * 2**30
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row["checkpointing"]], ids=str)
@@ -142,9 +146,7 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     for candidate in make_plan(cluster(nodes=[2]), VOCABULARY).candidates:
         engine = candidate.setup.config.engine
         larger = replace(candidate.setup.config, engine=replace(engine, micro_batch=2 * engine.micro_batch))
-        assert candidate.fits and (
-            candidate.micro_batch == 32 or replace(candidate.setup, config=larger).needed > ROOM
-        )
+        assert candidate.fits and (candidate.micro_batch == 32 or replace(candidate.setup, config=larger).needed > ROOM)
 
 
 def test_where_nothing_fits_the_plan_says_what_would_need_less() -> None:
