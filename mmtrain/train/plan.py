@@ -23,6 +23,7 @@ from mmtrain.train.memory import USABLE, Memory, Setup, gib
 
 MOST_NODES = 64
 WORTH_ITS_GPUS = 1.1  # a faster way is recommended while it takes at most so many times the fewest GPU hours
+NO_SLOWER = 1.01  # what is less than 1 % slower counts as no slower: a lower stage is simpler
 SECONDS_PER_DAY = 86400
 HEADER_BYTES = 120  # of a tensor in a safetensors file, about: name, type, shape, and offsets
 
@@ -151,21 +152,29 @@ class Plan:
         return self.checkpoint_bytes / (min(p.storage_gbps, nodes * p.inter_node_gbps) * 1e9 / 8)
 
     def recommended(self) -> Candidate | None:
-        """The fastest that fits and is worth its GPUs, without offload where that fits; None where nothing fits."""
+        """The fastest that fits and is worth its GPUs, or a lower stage that is no slower; None where nothing fits.
+
+        Without offload where anything fits without.
+        """
         fitting = [c for c in self.candidates if c.fits]
         fitting = [c for c in fitting if not c.offloads] or fitting
         if not fitting:
             return None
         fewest = min(map(self.gpu_hours, fitting))
         worth = [c for c in fitting if self.gpu_hours(c) <= WORTH_ITS_GPUS * fewest]
-        return min(worth, key=lambda c: (c.serial_seconds, c.setup.stage or 0))
+        fastest = min(c.serial_seconds for c in worth)
+        near = [c for c in worth if c.serial_seconds <= NO_SLOWER * fastest]
+        return min(near, key=lambda c: c.setup.stage or 0)
 
     def no_fit(self) -> str:
         """Where nothing fits: a sentence that says so, and what to change."""
         least = min(self.candidates, key=lambda c: c.setup.needed).setup
+        advice = least.advice()
+        if least.memory.device_total == least.memory.parameters:
+            advice = "every GPU first holds the whole model in float32, so that more of them do not help; use a smaller model"
         return (
             f"this fits on no number of nodes planned for, up to {max(c.ranks for c in self.candidates)} GPUs of "
-            f"{self.device.memory_gib:g} GiB: the least is {least.describe()}; {least.advice()}"
+            f"{self.device.memory_gib:g} GiB: the least is {least.describe()}; {advice}"
         )
 
 
@@ -201,11 +210,16 @@ def node_counts(config: Config) -> list[int]:
         if not divides(config, ranks):
             rows = f" of micro-batches of {config.engine.micro_batch}" if config.engine.micro_batch else ""
             raise UserError(
-                f"stream.global_batch={batch} does not divide into {ranks} equal shares{rows} for {nodes} nodes of "
-                f"{p.gpus_per_node} GPUs; change plan.nodes, plan.gpus_per_node, engine.micro_batch or "
+                f"stream.global_batch={batch} does not divide into {ranks} equal shares{rows}, for {in_words(nodes)} "
+                f"of {p.gpus_per_node} GPUs; change plan.nodes, plan.gpus_per_node, engine.micro_batch or "
                 "stream.global_batch"
             )
     return p.nodes
+
+
+def in_words(nodes: int) -> str:
+    """A number of nodes for a sentence."""
+    return f"{nodes} node" if nodes == 1 else f"{nodes} nodes"
 
 
 Ways = tuple[int | None, bool, bool]
@@ -336,9 +350,9 @@ def why(plan: Plan, best: Candidate) -> str:
     """The reason for the recommendation, in one sentence."""
     room = f"{gib(best.setup.needed)} of {plan.device.memory_gib:g} GiB"
     reason = (
-        f"of what fits ({room}) it ends first, among all whose GPU hours with no communication overlapped are within "
-        f"{WORTH_ITS_GPUS - 1:.0%} of the fewest"
+        f"of what fits ({room}) it ends first, to 1 % and at the lowest stage, among all whose GPU hours with no "
+        f"communication hidden are within {WORTH_ITS_GPUS - 1:.0%} of the fewest"
     )
     if best.offloads:
         reason = f"nothing fits without host memory; {reason}"
-    return f"{best.nodes} nodes with {best.settings}: {reason}"
+    return f"{in_words(best.nodes)} with {best.settings}: {reason}"

@@ -153,6 +153,7 @@ def test_where_nothing_fits_the_plan_says_what_would_need_less() -> None:
     plan = make_plan(cluster(nodes=[1], memory_gib=4.0), VOCABULARY)
     assert plan.recommended() is None
     assert plan.no_fit().startswith("this fits on no number of nodes planned for, up to 8 GPUs of 4 GiB: the least is ")
+    assert plan.no_fit().endswith("so that more of them do not help; use a smaller model")
     assert describe(plan)["recommended"] is None and describe(plan)["why"] == plan.no_fit()
 
 
@@ -161,8 +162,8 @@ def test_where_nothing_fits_the_plan_says_what_would_need_less() -> None:
     [
         ({"device": "RTX 4090"}, "plan.device=RTX 4090 is not a GPU whose peak is known; give one of GB200, B200, "),
         ({"device": "B200"}, "the memory of plan.device=B200 is not known"),
-        ({"nodes": [3]}, "stream.global_batch=512 does not divide into 24 equal shares for 3 nodes of 8 GPUs"),
-        ({"gpus_per_node": 7}, "stream.global_batch=512 does not divide into 7 equal shares for 1 nodes of 7 GPUs"),
+        ({"nodes": [3]}, "stream.global_batch=512 does not divide into 24 equal shares, for 3 nodes of 8 GPUs"),
+        ({"gpus_per_node": 7}, "stream.global_batch=512 does not divide into 7 equal shares, for 1 node of 7 GPUs"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings: dict[str, Any], sentence: str) -> None:
