@@ -171,7 +171,9 @@ class Plan:
         least = min(self.candidates, key=lambda c: c.setup.needed).setup
         advice = least.advice()
         if least.memory.device_total == least.memory.parameters:
-            advice = "every GPU first holds the whole model in float32, so that more of them do not help; use a smaller model"
+            advice = (
+                "every GPU first holds the whole model in float32, so more of them do not help; use a smaller model"
+            )
         return (
             f"this fits on no number of nodes planned for, up to {max(c.ranks for c in self.candidates)} GPUs of "
             f"{self.device.memory_gib:g} GiB: the least is {least.describe()}; {advice}"

@@ -153,7 +153,7 @@ def test_where_nothing_fits_the_plan_says_what_would_need_less() -> None:
     plan = make_plan(cluster(nodes=[1], memory_gib=4.0), VOCABULARY)
     assert plan.recommended() is None
     assert plan.no_fit().startswith("this fits on no number of nodes planned for, up to 8 GPUs of 4 GiB: the least is ")
-    assert plan.no_fit().endswith("so that more of them do not help; use a smaller model")
+    assert plan.no_fit().endswith("so more of them do not help; use a smaller model")
     assert describe(plan)["recommended"] is None and describe(plan)["why"] == plan.no_fit()
 
 
