@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mmtrain.config import Config, ModelConfig, UserError
+from mmtrain.config.validate import validate
 from mmtrain.models import count_parameters
 from mmtrain.train.communication import traffic
 from mmtrain.train.memory import USABLE, Setup
@@ -170,6 +171,11 @@ def test_what_cannot_be_planned_is_refused(settings: dict[str, Any], sentence: s
     with pytest.raises(UserError) as error:
         make_plan(cluster(**settings), VOCABULARY)
     assert sentence in str(error.value)
+
+
+def test_numbers_of_nodes_start_at_one() -> None:
+    with pytest.raises(UserError, match=r"plan\.nodes=\[0, 1\] has a number below 1"):
+        validate(cluster(nodes=[0, 1]))
 
 
 def test_nodes_are_powers_of_two_that_divide_the_batch() -> None:
