@@ -190,8 +190,8 @@ def make_plan(config: Config, vocabulary_size: int) -> Plan:
     tokens = config.plan.tokens or config.train.steps * config.stream.global_batch * length
     candidates: list[Candidate] = []
     for nodes in node_counts(config):
-        per_gpu = config.stream.global_batch * flops.model_palm / (nodes * config.plan.gpus_per_node)
-        seconds = per_gpu / (mfu * device.peak)
+        tokens_per_gpu = config.stream.global_batch * length / (nodes * config.plan.gpus_per_node)
+        seconds = tokens_per_gpu / tokens_per_second(flops.model_palm / length, device.peak, mfu)
         plain = [_candidate(config, vocabulary_size, nodes, ways, device, seconds) for ways in _plain(config)]
         candidates += plain
         if not any(candidate.fits for candidate in plain):
