@@ -85,7 +85,7 @@ def check_command(words: list[str]) -> None:
         assert set(others) <= set(options()), others
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
-    parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}
+    parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}, "plan": {"--json"}}
     parts |= {"train": {"prepare", "-m"}, "retrieval": {"join", "inspect", "100"}}
     if verb in ("export", "import"):
         keys = {word.partition("=")[0] for word in settings}

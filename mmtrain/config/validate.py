@@ -53,6 +53,8 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _sequence_conflicts(config)
     yield from _engine_conflicts(config)
     yield from _diffusion_conflicts(config)
+    if min(config.plan.nodes, default=1) < 1:
+        yield f"plan.nodes={config.plan.nodes} has a number below 1; give numbers of nodes such as [1,2,4]"
     if config.optim.warmup_steps > config.train.steps and not config.train.flops:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps={config.train.steps}; "

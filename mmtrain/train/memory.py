@@ -75,6 +75,8 @@ class States:
     buffers: int
     update: int
     offloaded: int = 0
+    copied: int = 0
+    """Of the bucket, in the type that is summed: while it is summed, which a small model first does at the end."""
 
 
 def estimate(
@@ -131,12 +133,18 @@ def estimate(
             states.accumulated,
             kept + recomputed + around + backward,
             head * precision.parameter,
-            states.buffers,
+            states.buffers + (states.copied if P > BUCKET else 0),
         ),
         # the first block's backward pass, when all other gradients are there
-        at(parameters, states.gradients, around + block + backward, 0, states.buffers),
+        at(parameters, states.gradients, around + block + backward, 0, states.buffers + states.copied),
         # the embedding's, whose gradient as a table is added to that as the head
-        at(parameters, states.gradients, around + stream, head * precision.parameter, states.buffers),
+        at(
+            parameters,
+            states.gradients,
+            around + stream,
+            head * precision.parameter,
+            states.buffers + states.copied,
+        ),
         # the update
         at(states.parameters, states.gradients, around, 0, states.buffers + states.update),
         key=lambda memory: memory.device_total,
@@ -161,13 +169,13 @@ def _zero(
     """DeepSpeed, by stage; size: bytes of a parameter."""
     if stage == 0:
         return States(4 * P, 0, 4 * P if is_accumulated else 0, 4 * P, 8 * P, 0, 4 * min(P, FLATTENED))
-    bucket = BUCKET * size + (4 * min(P, BUCKET) if size == 2 else 0)  # reduced as a copy in float32
+    bucket, copied = BUCKET * size, 4 * min(P, BUCKET) if size == 2 else 0
     masters_and_moments, offloaded = 12 * P // N, 0
     update = 4 * P // N
     if stage == 1 and size == 2 and not offload_optimizer:
         # BF16_Optimizer: float32 gradients of all parameters, besides those in bf16
         accumulated = gradients = 6 * P
-        bucket = update = 0
+        bucket = copied = update = 0
     elif stage == 1:
         gradients = (4 if size == 2 else size) * P + (0 if offload_optimizer else 4 * P // N)
         accumulated = gradients if is_accumulated else 0
@@ -176,7 +184,7 @@ def _zero(
         accumulated = gradients if is_accumulated else 0
     else:
         accumulated = gradients = 4 * P // N
-        bucket = BUCKET * 4 + size * min(P, PREFETCHED)
+        bucket, copied = BUCKET * 4 + size * min(P, PREFETCHED), 0
     if offload_optimizer:
         offloaded = masters_and_moments + 4 * P // N
         gradients, accumulated = (gradients, accumulated) if stage == 1 else (0, 0)
@@ -186,7 +194,7 @@ def _zero(
         parameters, gathered = size * P // N, size * min(P, GATHERED) if N > 1 else 0
     if offload_parameters:
         parameters, gathered, offloaded = 0, size * min(P, GATHERED), offloaded + size * P // N
-    return States(parameters, gathered, accumulated, gradients, masters_and_moments, bucket, update, offloaded)
+    return States(parameters, gathered, accumulated, gradients, masters_and_moments, bucket, update, offloaded, copied)
 
 
 def available_bytes(world: World) -> int:

@@ -23,7 +23,9 @@ from mmtrain.train.memory import USABLE, Memory, Setup, gib
 
 MOST_NODES = 64
 WORTH_ITS_GPUS = 1.1  # a faster way is recommended while it takes at most so many times the fewest GPU hours
+NO_SLOWER = 1.01  # what is less than 1 % slower counts as no slower: a lower stage is simpler
 SECONDS_PER_DAY = 86400
+HEADER_BYTES = 120  # of a tensor in a safetensors file, about: name, type, shape, and offsets
 
 
 @dataclass(frozen=True)
@@ -150,21 +152,31 @@ class Plan:
         return self.checkpoint_bytes / (min(p.storage_gbps, nodes * p.inter_node_gbps) * 1e9 / 8)
 
     def recommended(self) -> Candidate | None:
-        """The fastest that fits and is worth its GPUs, without offload where that fits; None where nothing fits."""
+        """The fastest that fits and is worth its GPUs, or a lower stage that is no slower; None where nothing fits.
+
+        Without offload where anything fits without.
+        """
         fitting = [c for c in self.candidates if c.fits]
         fitting = [c for c in fitting if not c.offloads] or fitting
         if not fitting:
             return None
         fewest = min(map(self.gpu_hours, fitting))
         worth = [c for c in fitting if self.gpu_hours(c) <= WORTH_ITS_GPUS * fewest]
-        return min(worth, key=lambda c: (c.serial_seconds, c.setup.stage or 0))
+        fastest = min(c.serial_seconds for c in worth)
+        near = [c for c in worth if c.serial_seconds <= NO_SLOWER * fastest]
+        return min(near, key=lambda c: c.setup.stage or 0)
 
     def no_fit(self) -> str:
         """Where nothing fits: a sentence that says so, and what to change."""
         least = min(self.candidates, key=lambda c: c.setup.needed).setup
+        advice = least.advice()
+        if least.memory.device_total == least.memory.parameters:
+            advice = (
+                "every GPU first holds the whole model in float32, so more of them do not help; use a smaller model"
+            )
         return (
             f"this fits on no number of nodes planned for, up to {max(c.ranks for c in self.candidates)} GPUs of "
-            f"{self.device.memory_gib:g} GiB: the least is {least.describe()}; {least.advice()}"
+            f"{self.device.memory_gib:g} GiB: the least is {least.describe()}; {advice}"
         )
 
 
@@ -178,13 +190,13 @@ def make_plan(config: Config, vocabulary_size: int) -> Plan:
     tokens = config.plan.tokens or config.train.steps * config.stream.global_batch * length
     candidates: list[Candidate] = []
     for nodes in node_counts(config):
-        per_gpu = config.stream.global_batch * flops.model_palm / (nodes * config.plan.gpus_per_node)
-        seconds = per_gpu / (mfu * device.peak)
+        tokens_per_gpu = config.stream.global_batch * length / (nodes * config.plan.gpus_per_node)
+        seconds = tokens_per_gpu / tokens_per_second(flops.model_palm / length, device.peak, mfu)
         plain = [_candidate(config, vocabulary_size, nodes, ways, device, seconds) for ways in _plain(config)]
         candidates += plain
         if not any(candidate.fits for candidate in plain):
             candidates += [_candidate(config, vocabulary_size, nodes, w, device, seconds) for w in _offloaded(config)]
-    size = checkpoint_bytes(parameters, config.optim.kind)
+    size = checkpoint_bytes(config, vocabulary_size)
     return Plan(config, device, mfu, vocabulary_size, parameters, flops, tokens, size, candidates)
 
 
@@ -200,11 +212,16 @@ def node_counts(config: Config) -> list[int]:
         if not divides(config, ranks):
             rows = f" of micro-batches of {config.engine.micro_batch}" if config.engine.micro_batch else ""
             raise UserError(
-                f"stream.global_batch={batch} does not divide into {ranks} equal shares{rows} for {nodes} nodes of "
-                f"{p.gpus_per_node} GPUs; change plan.nodes, plan.gpus_per_node, engine.micro_batch or "
+                f"stream.global_batch={batch} does not divide into {ranks} equal shares{rows}, for {in_words(nodes)} "
+                f"of {p.gpus_per_node} GPUs; change plan.nodes, plan.gpus_per_node, engine.micro_batch or "
                 "stream.global_batch"
             )
     return p.nodes
+
+
+def in_words(nodes: int) -> str:
+    """A number of nodes for a sentence."""
+    return f"{nodes} node" if nodes == 1 else f"{nodes} nodes"
 
 
 Ways = tuple[int | None, bool, bool]
@@ -271,14 +288,15 @@ def measured_mfu(folder: Path) -> float:
     return statistics.median(values)
 
 
-def checkpoint_bytes(parameters: dict[str, int], optimizer: str) -> int:
-    """Bytes of the tensors of a checkpoint: float32 parameters and moments, whatever engine wrote them.
+def checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
+    """Bytes of a checkpoint: float32 parameters and moments with their headers, whatever engine wrote them.
 
-    Muon has one moment, of the blocks' matrices. Headers and state are left out: some 100 bytes per tensor and rank.
+    Muon has one moment, of the blocks' matrices. The state is left out: some KB, of the stream's lanes.
     """
-    total = sum(parameters.values())
-    muon = parameters["attention"] + parameters["ffn"] if optimizer == "muon" else 0
-    return 12 * total - 4 * muon
+    parameters = parameters_by_module(config, vocabulary_size)
+    muon = parameters["attention"] + parameters["ffn"] if config.optim.kind == "muon" else 0
+    names = list(shapes_only(config.model, vocabulary_size, num_positions(config)).named_parameters())
+    return 12 * sum(parameters.values()) - 4 * muon + 3 * HEADER_BYTES * len(names)
 
 
 def parameters_by_module(config: Config, vocabulary_size: int) -> dict[str, int]:
@@ -334,9 +352,9 @@ def why(plan: Plan, best: Candidate) -> str:
     """The reason for the recommendation, in one sentence."""
     room = f"{gib(best.setup.needed)} of {plan.device.memory_gib:g} GiB"
     reason = (
-        f"of what fits ({room}) it ends first, among all whose GPU hours with no communication overlapped are within "
-        f"{WORTH_ITS_GPUS - 1:.0%} of the fewest"
+        f"of what fits ({room}) it ends first, to 1 % and at the lowest stage, among all whose GPU hours with no "
+        f"communication hidden are within {WORTH_ITS_GPUS - 1:.0%} of the fewest"
     )
     if best.offloads:
         reason = f"nothing fits without host memory; {reason}"
-    return f"{best.nodes} nodes with {best.settings}: {reason}"
+    return f"{in_words(best.nodes)} with {best.settings}: {reason}"

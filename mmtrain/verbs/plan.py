@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
 
 def report(plan: "Plan", best: "Candidate | None", console: Console) -> None:
     """All of a plan, for reading."""
-    from mmtrain.train.plan import why
+    from mmtrain.train.plan import in_words, why
 
     say = console.out
     _model(plan, say)
     shown = best or plan.candidates[-1]
-    say(f"\nGiB per GPU at {shown.nodes} nodes = {shown.ranks} GPUs of {plan.device.memory_gib:g} GiB")
+    say(f"\nGiB per GPU at {in_words(shown.nodes)} = {shown.ranks} GPUs of {plan.device.memory_gib:g} GiB")
     console.print(_memory_table([c for c in plan.candidates if c.nodes == shown.nodes], best))
     say(
         "\na step and the whole run; two numbers: communication hidden as far as it can be, and not hidden at all\n"
@@ -124,20 +124,25 @@ def _table(plan: "Plan", best: "Candidate | None") -> Table:
             f"{c.compute_seconds:.3g}",
             f"{c.communication_seconds:.3g}",
             f"{rates[0]:,.0f} - {rates[1]:,.0f}",
-            f"{days[0]:.3g} - {days[1]:.3g}",
+            f"{_number(days[0])} - {_number(days[1])}",
             f"{plan.gpu_hours(c):,.0f}",
             *([f"{plan.gpu_hours(c) * price:,.0f}"] if price else []),
         )
     return table
 
 
+def _number(value: float) -> str:
+    """Three digits, and no exponent of what is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _checkpoint(plan: "Plan", shown: "Candidate", say) -> None:
     """Size and time of checkpoints."""
     train, size, seconds = plan.config.train, plan.checkpoint_bytes, plan.checkpoint_seconds(shown.nodes)
-    every = train.checkpoint_every * shown.serial_seconds
+    every, each = train.checkpoint_every * shown.serial_seconds, size / shown.ranks
     say(
-        f"checkpoint  {size / 1e9:,.1f} GB in {shown.ranks} files of {size / shown.ranks / 1e9:.2g} GB: {seconds:.3g} s, "
-        f"every {train.checkpoint_every:,} steps = {every / 60:.3g} min "
+        f"checkpoint  {size / 1e9:,.1f} GB in {shown.ranks} files of {each / 1e9:.2g} GB: {seconds:.3g} s, "
+        f"every {train.checkpoint_every:,} steps = {_number(every / 60)} min "
         + ("behind training" if train.async_checkpoint else f"and {seconds / (every + seconds):.2%} of the time")
         + f"; {train.keep_checkpoints} kept = {train.keep_checkpoints * size / 1e9:,.0f} GB"
     )
@@ -149,8 +154,8 @@ def _assumptions(plan: "Plan", say) -> None:
     dense = plan.config.model.attention not in ("flex", "varlen")
     say(
         f"\nassumed\n"
-        f"  MFU {plan.mfu:.1%}, {source}, of {plan.device.peak / 1e12:,.0f} TFLOP/s ({plan.device.name}, dense bf16), by "
-        "PaLM's convention: 6 N + full attention over the row, recomputation not counted\n"
+        f"  MFU {plan.mfu:.1%}, {source}, of {plan.device.peak / 1e12:,.0f} TFLOP/s ({plan.device.name}, dense bf16),"
+        " by PaLM's convention: 6 N + full attention over the row, recomputation not counted\n"
         f"  every row full of one document; hardware FLOPs with {'a dense mask' if dense else 'causal kernels'}\n"
         f"  rings over {p.intra_node_gbps:,.0f} Gbit/s per GPU within a node and {p.inter_node_gbps:,.0f} Gbit/s per "
         "node between them, no latency; bytes as DeepSpeed sends them\n"

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from mmtrain import cli
+from mmtrain.config.compose import load_frozen
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import read_metrics
-from mmtrain.train.checkpoint import sealed
+from mmtrain.train.checkpoint import newest, sealed
+from mmtrain.train.plan import make_plan
 from mmtrain.verbs.generate import shown
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
 
@@ -50,6 +52,15 @@ def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None
 def test_only_the_newest_checkpoints_are_kept(smoke: Smoke) -> None:
     names = sorted(path.name for path in (smoke.run / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in (STEPS - CHECKPOINT_EVERY, STEPS)]
+
+
+def test_a_checkpoint_has_the_bytes_that_are_planned(smoke: Smoke) -> None:
+    config = load_frozen(smoke.run / "config.yaml")
+    config.plan.gpus_per_node = 2
+    written = newest(smoke.run / "checkpoints")
+    assert written
+    vocabulary_size = written.shapes["token_embedding.weight"][0]
+    assert make_plan(config, vocabulary_size).checkpoint_bytes == pytest.approx(written.num_bytes, rel=0.01)
 
 
 def test_the_run_directory_tells_how_it_was_made(smoke: Smoke) -> None:
