@@ -37,7 +37,7 @@ def write_compute(folder: Path, name: str, account: Account) -> None:
 
 def compute_of_published(id: str) -> dict[str, Any]:
     """The facts of compute.json for a model of the registry. Raises UserError when nothing citable is known of it."""
-    baseline = next((each for each in load_registry() if each.id == id), None)
+    baseline = next((each for each in load_registry(text_models=True) if each.id == id), None)
     if baseline is None or baseline.training_compute is None:
         raise UserError(
             f"baseline={id}: the registry has no checked training compute of such a model; `mmtrain flops ls` lists all"

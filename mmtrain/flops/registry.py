@@ -17,7 +17,8 @@ from mmtrain.config import UserError
 SCHEMA_VERSION = 1
 KINDS = ("published", "derived")
 VERIFIED = ("text", "secondary", "measured", "computed", "memory")
-TOKEN_FAMILIES = ("autoregressive_tokens", "masked_tokens")
+TEXT_FAMILY = "autoregressive_text"
+TOKEN_FAMILIES = ("autoregressive_tokens", "masked_tokens", TEXT_FAMILY)
 
 # Training FLOPs of the trainable network, best convention first (the one nearest to the ledger's), with the
 # reservation that a figure must print. Frozen parts and hours-based figures are other quantities.
@@ -31,6 +32,12 @@ COMPUTE_KEYS = {
     "train_flops_lower": "lower bound",
     "train_flops_hours_30pct": "from hours at an assumed 30 % of peak",
 }
+CONVENTIONS = {
+    "train_flops_causal": "3 x forward, causal half",
+    "train_flops_6nd": "6ND",
+    "train_flops_hours_30pct": "hours x peak x 30 %",
+}
+"""How a figure was counted, by key; the others are 3 x forward of the trained network, attention in full."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,19 @@ class Baseline:
         names = set(re.findall(r"\w+", quantity.formula))
         inputs = [other for path, other in self.quantities.items() if path.split(".")[-1] in names]
         return any(other.verified == "memory" or "from memory" in other.source for other in inputs)
+
+    @property
+    def convention(self) -> str:
+        """How `training_compute` was counted; "" without it."""
+        if self.training_compute is None:
+            return ""
+        return CONVENTIONS.get(self.training_compute[0].path.split(".")[-1], "3 x forward")
+
+    @property
+    def is_undisclosed(self) -> bool:
+        """Whether its makers published neither size, data nor compute."""
+        numbers = [quantity for quantity in self.quantities.values() if quantity.value is not None]
+        return not numbers and any("undisclosed" in quantity.source for quantity in self.quantities.values())
 
     @property
     def best_fid(self) -> Quantity | None:
@@ -170,9 +190,9 @@ def _content() -> Any:
     return yaml.safe_load(resources.files("mmtrain.flops").joinpath("baselines.yaml").read_text(encoding="utf-8"))
 
 
-def load_registry() -> list[Baseline]:
-    """All published models that travel with the package."""
-    return parse_registry(_content())
+def load_registry(text_models: bool = False) -> list[Baseline]:
+    """The published models that travel with the package: those of pictures, and on demand those of text alone, too."""
+    return [each for each in parse_registry(_content()) if text_models or each.family != TEXT_FAMILY]
 
 
 def load_accelerators() -> dict[str, Quantity]:

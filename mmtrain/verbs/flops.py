@@ -1,35 +1,35 @@
-"""`mmtrain flops`: training compute of published models, of a configuration, and of a run."""
+"""`mmtrain flops`: training compute of published models, of a configuration, of diffusion networks, and of runs."""
 
-import json
-import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from mmtrain.config import Config, UserError
-from mmtrain.config.compose import compose
+from mmtrain.config import UserError
 from mmtrain.config.suggest import did_you_mean, nearest
 
-if TYPE_CHECKING:
-    from mmtrain.tokens import Vocabulary
-
-
-WIDTH_OF_FILES = 140
+WIDTH_OF_FILES = 160
+FLAGS = "text: read in the source; secondary: read elsewhere; measured: counted on torch's meta device; computed: from those"
 
 
 def main(argv: list[str]) -> int:
-    """ls | show NAME | count [settings] | run=FOLDER; see `mmtrain flops --help`."""
+    """ls | show NAME | count MODEL [settings] | compare RUN... | run=FOLDER...; see `mmtrain flops --help`."""
+    from mmtrain.verbs.flops_count import count
+    from mmtrain.verbs.flops_run import show_runs
+
     word, *rest = argv or ["ls"]
     if word == "ls" and not rest:
         return _list()
     if word == "show" and len(rest) == 1:
         return _show(rest[0])
     if word == "count":
-        return _count(compose(rest))
-    if word.startswith("run=") and not rest:
-        return _run(Path(word.partition("=")[2]))
+        return count(rest)
+    if word == "compare":
+        return _compare(rest)
+    if all(argument.startswith("run=") for argument in argv):
+        return show_runs([Path(argument.partition("=")[2]) for argument in argv])
     raise UserError(f"`mmtrain flops {' '.join(argv)}` means nothing; see `mmtrain flops --help`")
 
 
@@ -37,34 +37,33 @@ def _list() -> int:
     """One line per published model, by rising training compute; those without a checked figure last."""
     from mmtrain.flops import load_registry
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("id", "model", "family", "training FLOPs", "remark", "best FID"):
-        table.add_column(heading, no_wrap=heading in ("id", "training FLOPs", "best FID"))
-    known = [(baseline, baseline.training_compute) for baseline in load_registry()]
-    for baseline, compute in sorted(known, key=lambda pair: float(pair[1][0].value or 0) if pair[1] else math.inf):
-        fid = baseline.best_fid
+    table = new_table("id", "model", "family", "training FLOPs", "convention", "remark", "checked", "best FID")
+    known = [(baseline, baseline.training_compute) for baseline in load_registry(text_models=True)]
+    for baseline, compute in sorted(known, key=lambda pair: pair[1][0].number if pair[1] else float("inf")):
+        nothing = "undisclosed" if baseline.is_undisclosed else "no checked figure"
         table.add_row(
             baseline.id,
             baseline.name,
             baseline.family.replace("_", " "),
-            f"{float(compute[0].value or 0):.2e}" if compute else "no checked figure",
-            compute[1] if compute else "",
-            f"{float(fid.value or 0):.2f}" if fid else "",
+            f"{compute[0].number:.2e}" if compute else nothing,
+            baseline.convention,
+            compute[1] if compute and compute[1] != baseline.convention else "",
+            compute[0].verified if compute else "",
+            f"{baseline.best_fid.number:.2f}" if baseline.best_fid else "",
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_FILES  # a pipe has no width; rich would assume 80 columns
-    console.print(table)
-    console.print("\n1 multiply-add = 2 FLOPs. FID: zero-shot COCO 30k, lowest of each paper; settings differ.")
-    console.print("`mmtrain flops show ID` prints every number of a model with its source.")
+    print_table(table)
+    print("\n1 multiply-add = 2 FLOPs. FID: zero-shot COCO 30k, lowest of each paper; settings differ.")
+    print(f"{FLAGS}. From memory alone: never shown here.")
+    print("`mmtrain flops show ID` prints every number of a model with its source.")
     return 0
 
 
 def _show(name: str) -> int:
-    """Every number of one published model with its provenance."""
+    """Every number of one published model with its provenance, and what its hours and FLOPs imply together."""
     from mmtrain.flops import load_registry
+    from mmtrain.flops.hours import hours_table, reference_hours
 
-    baselines = {baseline.id: baseline for baseline in load_registry()}
+    baselines = {baseline.id: baseline for baseline in load_registry(text_models=True)}
     if name not in baselines:
         close = nearest(name, baselines)
         raise UserError(
@@ -73,6 +72,8 @@ def _show(name: str) -> int:
         )
     baseline = baselines[name]
     print(f"{baseline.name}  ({baseline.family.replace('_', ' ')}, {baseline.modality})")
+    if baseline.is_undisclosed:
+        print("undisclosed: its makers published neither size, data nor training compute; mmtrain does not guess")
     for quantity in (*baseline.quantities.values(), *baseline.fids):
         value = f"{quantity.value:,}" if isinstance(quantity.value, int) else str(quantity.value)
         print(f"\n{quantity.path} = {value} {quantity.unit}".rstrip())
@@ -80,64 +81,73 @@ def _show(name: str) -> int:
         for label, text in (("formula", quantity.formula), ("note", quantity.note)):
             if text:
                 print(f"    {label}: {text}")
+    if baseline.training_compute:
+        flops = baseline.training_compute[0].number
+        print(f"\n{flops:.3e} FLOPs ({baseline.convention}) = {reference_hours(flops):,.0f} A100-hours at 40 % MFU")
+    for row in hours_table([baseline]):
+        if row.mfu is not None:
+            flag = f": {row.flag}, no measure of compute" if row.flag else ""
+            print(f"its published {row.published_text} imply {100 * row.mfu:.1f} % MFU{flag}")
     return 0
 
 
-def _count(config: Config) -> int:
-    """Parameters and training FLOPs of a configuration, for sequences that are full of one document."""
-    from mmtrain.flops import matmul_parameters, step_flops
-    from mmtrain.models.registry import count_parameters
+def _compare(folders: list[str]) -> int:
+    """Runs beside published models by rising training compute, each figure with its convention and flags."""
+    from mmtrain.flops import load_registry, read_account
+    from mmtrain.flops.hours import hours_table, reference_hours
+    from mmtrain.verbs.flops_run import runs_in
 
-    model, length = config.model, config.stream.sequence_length
-    vocabulary = vocabulary_of(config)
-    is_dense = model.attention not in ("flex", "varlen")
-    step = step_flops(model, vocabulary.size, [length], 1, length, dense_attention=is_dense)
-    parameters = count_parameters(model, vocabulary.size, model.max_positions or length)
-    matmul = matmul_parameters(model, vocabulary.size)
-    tokens = config.stream.global_batch * length * config.train.steps
-    print(f"{model.family}: {model.layers} layers of width {model.width}, {length} tokens, {vocabulary.size:,} ids")
-    print(f"  {'parameters':<44}{parameters:,}")
-    print(f"  {'of which in matrix products':<44}{matmul:,}")
-    print("training FLOPs per token, forward and backward, one document per sequence")
-    recomputation = ", recomputation" if model.activation_checkpointing else ""
-    rows = (
-        ("model, causal", step.model_causal),
-        ("model, PaLM (full attention)", step.model_palm),
-        ("6 N", 6 * matmul * length),
-        (f"hardware ({'dense' if is_dense else 'causal'} scores{recomputation})", step.hardware),
-    )
-    for label, flops in rows:
-        print(f"  {label:<44}{flops / length:.4g}")
-    print(f"whole run: {config.train.steps:,} steps of {config.stream.global_batch} sequences = {tokens:,} tokens")
-    print(f"  {'model, causal (packed documents: less)':<44}{step.model_causal / length * tokens:.4g}")
+    if not folders:
+        raise UserError("`mmtrain flops compare RUN...` needs the folder of a run, such as runs/quickstart")
+    runs = runs_in([Path(folder.removeprefix("run=")) for folder in folders])
+    own = {os.path.relpath(run): read_account(run).ledger.training_total for run in runs}
+    reference = max(1, next(iter(own.values())))
+    first = next(iter(own))
+    table = new_table("model", "training FLOPs", "convention", f"x {first}", "A100-hours at 40 % MFU", "published hours",
+                      "implied MFU", "checked", "remark", "FID")  # fmt: skip
+    rows = [
+        (float(flops), f"[bold]{name}[/bold]", "3 x forward, causal half", "", "", "ledger", "", "")
+        for name, flops in own.items()
+    ]
+    for baseline in load_registry(text_models=True):
+        if baseline.training_compute is None:
+            continue
+        quantity, reservation = baseline.training_compute
+        hours = next(iter(hours_table([baseline])), None)
+        implied = "" if hours is None or hours.mfu is None else f"{100 * hours.mfu:.1f} % {hours.flag}".strip()
+        remark = "" if reservation == baseline.convention else reservation
+        fid = f"{baseline.best_fid.number:.2f}" if baseline.best_fid else ""
+        published = hours.published_text if hours else ""
+        shown = (baseline.name, baseline.convention, published, implied, quantity.verified, remark, fid)
+        rows.append((quantity.number, *shown))
+    for flops, name, convention, published, implied, checked, remark, fid in sorted(rows):
+        ratio, hours_40 = f"{flops / reference:.3g}", f"{reference_hours(flops):,.3g}"
+        table.add_row(name, f"{flops:.2e}", convention, ratio, hours_40, published, implied, checked, remark, fid)
+    print_table(table)
+    print(f"\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; a ledger counts packed documents apart.")
+    print(f"{FLAGS}.")
+    print("6ND leaves attention out: worth up to 2 x for small models. Implied MFU below 5 % or above 65 %: such hours are no")
+    print("measure of compute. FID: zero-shot COCO 30k, settings differ; none is computed for a run here.")
     return 0
 
 
-def vocabulary_of(config: Config) -> "Vocabulary":
-    """The vocabulary that `config` leads to, when both tokenizers are trained to their full size."""
-    from mmtrain.tokens.vocabulary import Vocabulary
+def new_table(*headings: str) -> Table:
+    """A table without lines, whose first column is never folded."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=number == 0 or heading in ("training FLOPs", "best FID"))
+    return table
 
-    pictures = config.image_tokenizer
-    codes = math.prod(pictures.levels) if pictures.quantizer == "fsq" else pictures.codebook_size
-    return Vocabulary(config.text_tokenizer.vocab_size, codes, config.objective.num_sentinels)
+
+def print_table(table: Table) -> None:
+    """Print for the terminal, or for a file or pipe, which has no width."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    console.print(table)
 
 
-def _run(folder: Path) -> int:
-    """The ledger of a run: FLOPs by book, share, totals and conventions."""
-    from mmtrain.flops import BOOKS, Ledger
-
-    path = folder / "ledger.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist; give run=FOLDER of a run that has trained, such as run=runs/quickstart"
-        )
-    ledger = Ledger.read(path)
-    spent = ledger.spent_total or 1
-    for kind in BOOKS:
-        if ledger[kind]:
-            print(f"{kind:<26}{ledger[kind]:>12.4g}  {100 * ledger[kind] / spent:5.1f} %")
-    print(f"{'training (sum of train_*)':<26}{ledger.training_total:>12.4g}")
-    print(f"{'everything spent':<26}{ledger.spent_total:>12.4g}")
-    for name, meaning in json.loads(path.read_text(encoding="utf-8"))["conventions"].items():
-        print(f"  {name}: {meaning}")
-    return 0
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Indented lines of a label and a value."""
+    for label, value in rows:
+        print(f"  {label:<46}{value}")

@@ -183,18 +183,32 @@ Example
   mmtrain evaluate task=shapes run=runs/shapes_cpu task.num_prompts=500
 """,
     "flops": """\
-mmtrain flops ls | show NAME | count [settings] | run=FOLDER
+mmtrain flops ls | show NAME
+mmtrain flops count [MODEL] [settings]
+mmtrain flops count NETWORK [resolution=PIXELS] [text_tokens=NUMBER]
+mmtrain flops compare RUN [RUN ...]
+mmtrain flops run=FOLDER [run=FOLDER ...]
 
-ls      training compute of published models, with the convention that was used
-show    one of them, with its sources
-count   parameters and FLOPs per token of a configuration, by convention
-run     the compute ledger of a run: what was spent on what
+ls       training compute of published models, with the convention that was used and how it was checked
+show     one of them, every number with its source, and the MFU that its published hours imply
+count    parameters and FLOPs per token of one of our models, by module (forward, backward, recomputed) and by
+         convention; or of a diffusion network (sd15, sd21, sdxl, sd3_medium, sd3_8b, dit_xl2, pixart_alpha,
+         sana_1600m, flux_dev, ...), counted from its architecture without weights, VAE and text encoders apart
+         (needs the extra `diffusion`)
+compare  runs beside published models: convention, ratio, A100-hours at 40 % MFU, published hours and what they imply
+run      the books of a run, audited: what was spent on what, in which segment, what was lost in crashes, and the
+         compute of the model it started from. Exit code 1 when something does not add up. Several runs, or a folder
+         of runs: a line each and the sum, in which what they share counts once
 
-1 multiply-add = 2 FLOPs. Conventions: model FLOPs (causal, document-masked), PaLM (full attention),
-hardware (with recomputation).
+1 multiply-add = 2 FLOPs. Conventions: model FLOPs (causal, document-masked), PaLM (full attention), hardware (with
+recomputation). Papers on diffusion print multiply-adds as "Gflops": half of these numbers. An undisclosed number
+stays undisclosed. docs/explanation/compute.md explains all of it, and the claim of "5x less compute".
 
 Example
-  mmtrain flops count model=cm3leon_350m stream.sequence_length=4096
+  mmtrain flops show cm3leon-7b
+  mmtrain flops count cm3leon_7b stream.sequence_length=4096
+  mmtrain flops count sdxl resolution=512
+  mmtrain flops compare runs/quickstart
   mmtrain flops run=runs/quickstart
 """,
     "plan": """\
@@ -258,7 +272,7 @@ Example
   mmtrain export run=runs/quickstart out=quickstart-hf dtype=bf16
 """,
     "import": """\
-mmtrain import SOURCE out=FOLDER [shard_bytes=5000000000]
+mmtrain import SOURCE out=FOLDER [shard_bytes=5000000000] [baseline=ID]
 
 Reads a Hugging Face folder (safetensors, config.json, tokenizer.json) of OPT without biases and parameters
 of norms, of Llama, or of Chameleon, and writes a weights folder. Every token keeps its row; image codes and
