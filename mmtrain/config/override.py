@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain.config.errors import UserError
@@ -77,8 +78,10 @@ def _parse(key: str, raw_value: str) -> tuple[Any, str]:
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={raw_value}")
         if parsed.is_sweep_override():
-            raise UserError(f"{key}={raw_value} gives several values, and a run has one; start a run for each")
-        return _plain(parsed.value()), raw_value
+            raise UserError(
+                f"{key}={raw_value} gives several values, and a run has one; `mmtrain train -m` starts a run for each"
+            )
+        return plain_value(parsed.value()), raw_value
     except HydraException as error:
         raise UserError(
             f"{key}={raw_value} cannot be read; a list is written [one,two], and a text in it that holds any of "
@@ -93,14 +96,14 @@ def quoted(text: str) -> str:
     return f"'{escaped}{chr(92) * trailing}'"
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Hydra's parsed value as plain Python."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain_value(item) for name, item in value.items()}
     return value
 
 
@@ -115,9 +118,15 @@ def _check_option(group: str, value: Any, options: Mapping[str, Path]) -> None:
     raise UserError(f"{group}={value} does not exist; {hint}{more}")
 
 
+@cache
+def _any_config() -> DictConfig:
+    """To try values on: building it takes longer than all the rest."""
+    return OmegaConf.structured(Config)
+
+
 def _check_type(key: str, value: Any, raw_value: str) -> None:
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value)
+        OmegaConf.update(_any_config(), key, value)
     except OmegaConfBaseException as error:
         raise UserError(f"{key}={raw_value} must be {expectation(key)}") from error
 
