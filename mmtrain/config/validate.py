@@ -184,7 +184,7 @@ def _diffusion_conflicts(config: Config) -> Iterator[str]:
     if grid % diffusion.patch_size:
         yield f"diffusion.patch_size={diffusion.patch_size} does not divide the {grid} latent cells of a picture's side"
     if config.engine.stage == "auto":
-        yield "engine.stage=auto estimates the memory of decoders, not of model.family=dit; set engine.stage=0, 1, 2 or 3"
+        yield "engine.stage=auto estimates the memory of decoders, not of model.family=dit; set a stage from 0 to 3"
     samplers = ("flow_euler",) if diffusion.objective == "rectified_flow" else ("ddim", "dpm_solver")
     if diffusion.sampler not in ("auto", *samplers):
         yield (

@@ -1,4 +1,4 @@
-"""The transformer: PixArt's blocks (Chen et al. 2023, arXiv 2310.00426) on latents, with a caption encoder trained along.
+"""The transformer: PixArt's blocks (Chen et al. 2023, arXiv 2310.00426) on latents, with a trained caption encoder.
 
 N pictures, C channels, G side of the latent grid, T caption tokens, D width.
 """
@@ -113,7 +113,9 @@ class DiffusionTransformer(nn.Module):
         if self.diffusion.objective == "rectified_flow":
             share = level[:, None, None, None]
             return (1 - share) * latents + share * noise, noise - latents, level * self.diffusion.num_train_timesteps
-        timestep = (level * self.diffusion.num_train_timesteps).long().clamp_(max=self.diffusion.num_train_timesteps - 1)
+        timestep = (
+            (level * self.diffusion.num_train_timesteps).long().clamp_(max=self.diffusion.num_train_timesteps - 1)
+        )
         remaining = self.remaining.float()[timestep][:, None, None, None]
         return remaining.sqrt() * latents + (1 - remaining).sqrt() * noise, noise, timestep.float()
 

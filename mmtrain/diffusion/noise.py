@@ -24,9 +24,7 @@ class Draw(NamedTuple):
 
 def draw_noise(keys: Sequence[tuple[int | str, ...]], shape: tuple[int, int, int], config: DiffusionConfig) -> Draw:
     """The draw of each key for a latent of `shape` (C, G, G)."""
-    draw = Draw(
-        np.empty(len(keys), np.float32), np.empty((len(keys), *shape), np.float32), np.empty(len(keys), bool)
-    )
+    draw = Draw(np.empty(len(keys), np.float32), np.empty((len(keys), *shape), np.float32), np.empty(len(keys), bool))
     for i, key in enumerate(keys):
         stream = random_stream("diffusion", *key)
         uniform, normal, caption = stream.random(), stream.standard_normal(), stream.random()

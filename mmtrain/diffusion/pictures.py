@@ -28,7 +28,9 @@ class Pictures:
             self.captions = np.load(folder / split / "captions.npy", mmap_mode="r")
             self.starts = np.load(folder / split / "starts.npy")
         except (OSError, ValueError) as error:
-            raise UserError(f"the latents in {folder} cannot be read ({error}); delete that folder, and train") from error
+            raise UserError(
+                f"the latents in {folder} cannot be read ({error}); delete that folder, and train"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.latents)

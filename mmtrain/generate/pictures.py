@@ -62,12 +62,14 @@ class PictureSampler:
     ) -> list[Request]:
         """The requests, checked; raises UserError for what this model cannot do."""
         if requests and kind != "image":
-            raise UserError(f"a diffusion model (model.family=dit) draws pictures alone and cannot do task {kind}; use image")
+            raise UserError(
+                f"a diffusion model (model.family=dit) draws pictures alone and cannot do task {kind}; use image"
+            )
         for request in requests:
             if len(self._ids(request)) > self.model.max_positions:
                 raise UserError(
-                    f"{request.name} has {len(self._ids(request))} tokens, more than the {self.model.max_positions} that "
-                    "the model knows; shorten it"
+                    f"{request.name} has {len(self._ids(request))} tokens, more than the {self.model.max_positions} "
+                    "that the model knows; shorten it"
                 )
         return list(requests)
 
@@ -85,9 +87,13 @@ class PictureSampler:
         """
         check(settings)
         if best_of > 1:
-            raise UserError("generate.best_of needs the probability of a sample, which diffusion does not give; set it to 1")
+            raise UserError(
+                "generate.best_of needs the probability of a sample, which diffusion does not give; set it to 1"
+            )
         if settings.contrastive_k or settings.guidance_schedule != "constant":
-            raise UserError("a diffusion model is guided by generate.guidance alone; leave out contrastive_k and guidance_schedule")
+            raise UserError(
+                "a diffusion model is guided by generate.guidance alone; leave out contrastive_k and guidance_schedule"
+            )
         return self._draw(tasks, settings.guidance, num_samples)
 
     def _draw(self, tasks: Sequence[Request], guidance: float, num_samples: int) -> Iterator[Sample]:

@@ -214,7 +214,7 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_latents(self, latents: np.ndarray | Tensor, round_to_codes: bool = False) -> np.ndarray:
-        """Latents (N, C, G, G), as `latents` gives them, to pictures (N, S, S, 3) uint8; rounded to codes on request."""
+        """Latents (N, C, G, G), as of `latents`, to pictures (N, S, S, 3) uint8; rounded to codes on request."""
         half, levels = self._half_width, self._fsq._levels[:, None, None]
         batches = []
         for latent in torch.as_tensor(np.asarray(latents), dtype=torch.float32).split(INFERENCE_BATCH):

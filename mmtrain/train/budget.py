@@ -3,9 +3,11 @@
 from dataclasses import replace
 from itertools import accumulate
 
+import torch
+
 from mmtrain.config import Config, UserError
-from mmtrain.flops import flops_from_sums
 from mmtrain.tokens import Vocabulary
+from mmtrain.train.learner import open_learner
 from mmtrain.train.run import Artifacts
 
 FEWEST_SAMPLED, MOST_SAMPLED, SAMPLED_TOKENS = 32, 256, 1 << 18
@@ -43,22 +45,19 @@ def steps_for(budget: float, first: list[int]) -> int:
 def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = 0) -> list[int]:
     """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them.
 
-    0: as many as hold about SAMPLED_TOKENS; a small corpus has another mean at the end of an epoch. A model of
-    another kind is dispatched from here.
+    0: as many as hold about SAMPLED_TOKENS; a small corpus has another mean at the end of an epoch.
     """
     from mmtrain.train.worker import open_stream  # noqa: PLC0415 - it imports the engines
 
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
     stream = open_stream(config, artifacts, vocabulary, "train")
+    learner = open_learner(config, artifacts, vocabulary, torch.device("cpu"))
     found = []
     if not num_steps:
         per_step = config.stream.global_batch * config.stream.sequence_length
         num_steps = min(MOST_SAMPLED, max(FEWEST_SAMPLED, SAMPLED_TOKENS // per_step))
     for step in range(num_steps):
-        _, counts = stream.prepare(step)
-        lengths = counts.lengths.tolist()
-        squares = sum(length * length for length in lengths)
-        row_length = config.stream.sequence_length
-        step_flops = flops_from_sums(config.model, vocabulary.size, sum(lengths), squares, counts.rows, row_length)
-        found.append(step_flops.model_causal)
+        batch, counts = stream.prepare(step)
+        _, sums = learner.inputs(batch, counts, "train")
+        found.append(learner.flops(sums, counts.tokens, counts.rows)[0].model_causal)
     return found

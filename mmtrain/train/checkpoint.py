@@ -328,7 +328,9 @@ def load_parameters(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, vocabulary_fingerprint: str) -> Decoder:
     """The decoder of a checkpoint in float32, for sampling; raises UserError when vocabulary or shapes differ."""
-    return load_into(build_model(config.model, vocabulary_size, num_positions(config)), checkpoint, vocabulary_fingerprint)
+    return load_into(
+        build_model(config.model, vocabulary_size, num_positions(config)), checkpoint, vocabulary_fingerprint
+    )
 
 
 def load_into(model: Model, checkpoint: Checkpoint, vocabulary_fingerprint: str) -> Model:

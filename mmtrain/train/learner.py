@@ -29,7 +29,7 @@ class Learner(Protocol):
         ...
 
     def new_model(self) -> nn.Module:
-        """An uninitialized model on the CPU, with `initialize(seed)`, `watch` and `take_signs` as of `models.Decoder`."""
+        """An uninitialized model on the CPU, with `initialize`, `watch` and `take_signs` as of `models.Decoder`."""
         ...
 
     def inputs(self, batch: Batch, counts: BatchCounts, split: str) -> tuple[dict[str, Tensor], np.ndarray]:

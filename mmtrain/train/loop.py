@@ -172,8 +172,9 @@ def forward_backward(
 ) -> torch.Tensor:
     """Accumulate the gradient of a batch on all ranks; returns its mean loss over all ranks, on the device.
 
-    index: of the batch, for dropout; split: that it is from. A spike is left out of the update where `health.spike` says so; poison: the
-    update will be left out, whatever the loss (a NaN in the gradient changes nothing, in every engine).
+    index: of the batch, for dropout; split: that it is from. A spike is left out of the update where `health.spike`
+    says so; poison: the update will be left out, whatever the loss (a NaN in the gradient changes nothing, in every
+    engine).
     """
     config, world = run.config, run.world
     inputs, sums = run.learner.inputs(*batch, split)

@@ -46,8 +46,8 @@ class PictureLearner:
         longest = max(p.longest_caption for of_split in self.pictures.values() for p in of_split)
         if longest + cells + AROUND_CAPTION > length:
             raise UserError(
-                f"a caption of {longest} tokens and a picture of {cells} do not fit stream.sequence_length={length}, and "
-                f"model.family=dit learns whole documents; set it to {longest + cells + AROUND_CAPTION} or more"
+                f"a caption of {longest} tokens and a picture of {cells} do not fit stream.sequence_length={length}, "
+                f"and model.family=dit learns whole documents; set it to {longest + cells + AROUND_CAPTION} or more"
             )
         self._shape = (config.model, config.diffusion, vocabulary.text_size, num_positions(config) - cells, self.latent)
 
@@ -98,4 +98,3 @@ class PictureLearner:
             hardware += recomputed_flops(*shape, *padded_work)
         model = of_pictures + of_captions
         return StepFlops(model, model, hardware), {"image": of_pictures, "text": of_captions}
-

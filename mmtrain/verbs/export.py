@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
     shard_bytes = read_shard_bytes(given)
     run = open_trained(rest)
+    if run.config.model.is_diffusion:
+        raise UserError("transformers has no model like the baseline of model.family=dit; export a run of tokens")
     check_exportable(run.config.model)
     origin = {
         "run": run.folder.name,

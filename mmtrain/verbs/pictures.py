@@ -1,4 +1,4 @@
-"""Latents and captions for the diffusion baseline, from document and token shards, in partitions that outlive a crash."""
+"""Latents and captions for the diffusion baseline, made in partitions that outlive a crash."""
 
 import json
 import shutil
@@ -76,8 +76,8 @@ def _captions(shards: TokenShards, where: str, out: Path) -> int:
             if sorted(segment.kind for segment in segments) != ["image", "text"]:
                 held = ", ".join(segment.kind for segment in segments) or "nothing"
                 raise UserError(
-                    f"model.family=dit learns pictures with one caption each, and document {shards.id(i)} of {where} holds "
-                    f"{held}; use a corpus of captioned pictures, or a model of tokens"
+                    f"model.family=dit learns pictures with one caption each, and document {shards.id(i)} of {where} "
+                    f"holds {held}; use a corpus of captioned pictures, or a model of tokens"
                 )
             (text,) = (segment for segment in segments if segment.kind == "text")
             ids = shards.tokens(i)[text.start : text.start + text.length]

@@ -66,9 +66,7 @@ def prepare_documents(config: Config) -> dict[str, Path]:
             if other.name != f".{final.name}.partial":
                 print(f"  {os.path.relpath(other)} is an unfinished build of other settings or files; delete it if "
                       "you do not go on with it")  # fmt: skip
-        folders[name] = _timed(
-            f"documents of {name}", final, partial(build_documents, config, name), resumable=True
-        )
+        folders[name] = _timed(f"documents of {name}", final, partial(build_documents, config, name), resumable=True)
         facts = json.loads((final / "facts.json").read_text())
         account = Account()
         account.add(facts)

@@ -21,9 +21,11 @@ from mmtrain.train.checkpoint import latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import build_engine
 from mmtrain.train.health import Health, SpikeDetector
+from mmtrain.train.learner import Learner
 from mmtrain.train.saving import Saver
 from mmtrain.train.sections import Sections
 from mmtrain.train.stopping import Stopping
+from mmtrain.train.token_learner import TokenLearner
 
 VOCABULARY = Vocabulary(280, 32, 4)
 NEXT = random_stream("small run", "next").permutation(VOCABULARY.size)
@@ -88,12 +90,19 @@ def new_model(config: Config) -> Decoder:
     return model
 
 
-def train(config: Config, folder: Path, model: Decoder | None = None, accumulation: int = 1) -> list[dict[str, Any]]:
+def train(
+    config: Config,
+    folder: Path,
+    model: Any = None,
+    accumulation: int = 1,
+    learner: Learner | None = None,
+    stream: Any = None,
+) -> list[dict[str, Any]]:
     """The log rows of the steps that a run in `folder`, new or continued, still has to do."""
     folder.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     tracker = SimpleNamespace(say=print, log=lambda step, row: rows.append({"step": step, **row}))
-    stream = FixedStream(config.stream)
+    stream = stream or FixedStream(config.stream)
     model = model or new_model(config)
     run = loop.Run(
         config=config,
@@ -101,9 +110,10 @@ def train(config: Config, folder: Path, model: Decoder | None = None, accumulati
         world=WORLD,
         vocabulary=VOCABULARY,
         engine=build_engine(model, config, WORLD, accumulation),
-        stream=stream,  # type: ignore[arg-type]
+        stream=stream,
         validation=[stream.prepare(10**6)],
         ledger=Ledger(),
+        learner=learner or TokenLearner(config, VOCABULARY, WORLD.device),
         model=model,
         saver=Saver(folder / "checkpoints", WORLD, config.train.keep_checkpoints),
         health=Health(config.health, WORLD.device),
