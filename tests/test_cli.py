@@ -162,7 +162,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
 def test_flops_count_agrees_with_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     from mmtrain.config.compose import compose
     from mmtrain.models.registry import count_parameters
-    from mmtrain.verbs.flops import vocabulary_of
+    from mmtrain.verbs.flops_count import vocabulary_of
 
     assert cli.main(["flops", "count", "experiment=smoke"]) == 0
     config = compose(["experiment=smoke"])

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from mmtrain.config import UserError
 from mmtrain.config.compose import compose
-from mmtrain.verbs.flops import WIDTH_OF_FILES, vocabulary_of
+from mmtrain.verbs.flops import WIDTH_OF_FILES
+from mmtrain.verbs.flops_count import vocabulary_of
 
 if TYPE_CHECKING:
     from mmtrain.train.plan import Candidate, Plan

@@ -26,7 +26,7 @@ def sentence(*overrides: str, config_dir: Path | None = None) -> str:
         ("layers=3", "did you mean model.layers?"),
         ("lr=1e-3", "did you mean image_tokenizer.lr or optim.lr?"),
         ("optim.learning_rate=1e-3", "optim has kind, lr"),
-        ("model=tinny", "did you mean tiny?"),
+        ("model=tinny", "did you mean tiny or dit_tiny?"),
         ("experiment=quickstrt", "did you mean quickstart?"),
         ("stream=long", "set one of its keys, such as stream.sequence_length"),
         ("train", "is not KEY=VALUE"),
@@ -106,7 +106,8 @@ def test_prompts_may_hold_spaces_and_quoted_commas() -> None:
 def test_every_option_composes_and_says_what_it_is_for() -> None:
     for group, options in groups().items():
         for option, path in options.items():
-            composed = compose([f"{group}={option}", "corpus.path=somewhere"])
+            others = ["retrieval=none"] if option.startswith("dit_") else []
+            composed = compose([f"{group}={option}", "corpus.path=somewhere", *others])
             assert isinstance(composed, Config)
             assert len(summary(path)) > 10, path
             if group == "experiment":
@@ -147,7 +148,7 @@ def test_a_folder_of_your_own_adds_experiments_and_options(tmp_path: Path) -> No
         ("# @package _global_\nmodel:\n  layrs: 3\n", "model.layrs (in experiment=bad) is not a key"),
         ("# @package _global_\nmodel:\n  layers: abc\n", "must be a whole number"),
         ("# @package _global_\nmodel:\n  _target_: os.system\n", "model._target_ (in experiment=bad) is not a key"),
-        ("# @package _global_\ndefaults:\n  - override /model: tinny\n", "did you mean tiny?"),
+        ("# @package _global_\ndefaults:\n  - override /model: tinny\n", "did you mean tiny or dit_tiny?"),
         ("# @package _global_\ndefaults:\n  - override /modle: tiny\n", "modle"),
         ("# @package _global_\nmodel: [1\n", "line 2"),
         ("# @package _global_\nname: ${nowhere}\n", "nowhere"),
