@@ -9,7 +9,7 @@ for DiT, PixArt, SD3 and Sana; FluxTransformer2DModel's defaults for Flux; trans
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 

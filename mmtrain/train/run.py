@@ -116,7 +116,6 @@ class Artifacts:
             books.update(json.loads((folder / "flops.json").read_text()))
         return dict(books)
 
-
     def left_out(self) -> dict[str, int]:
         """What the corpora held and their documents do not: data/SOURCE/left_out/REASON -> how many."""
         counts = {}

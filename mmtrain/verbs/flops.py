@@ -124,9 +124,13 @@ def _compare(folders: list[str]) -> int:
         ratio, hours_40 = f"{flops / reference:.3g}", f"{reference_hours(flops):,.3g}"
         table.add_row(name, f"{flops:.2e}", convention, ratio, hours_40, published, implied, checked, remark, fid)
     print_table(table)
-    print(f"\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; a ledger counts packed documents apart.")
+    print(
+        "\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; a ledger counts packed documents apart."
+    )
     print(f"{FLAGS}.")
-    print("6ND leaves attention out: worth up to 2 x for small models. Implied MFU below 5 % or above 65 %: such hours are no")
+    print(
+        "6ND leaves attention out: worth up to 2 x for small models. Implied MFU below 5 % or above 65 %: such hours are no"
+    )
     print("measure of compute. FID: zero-shot COCO 30k, settings differ; none is computed for a run here.")
     return 0
 
