@@ -5,7 +5,8 @@ backward of grouped convolutions is wrong (65 x forward for a depthwise one), so
 network plus one forward of what is frozen (VAE encoder, text encoders). Elementwise, norms and softmax are not counted.
 
 Sources of the configurations: unet/config.json of the releases for the U-Nets; diffusers
-scripts/convert_*_to_diffusers.py for DiT, PixArt, SD3 and Sana; FluxTransformer2DModel's defaults for Flux; transformers' configurations of CLIP and T5.
+scripts/convert_*_to_diffusers.py for
+DiT, PixArt, SD3 and Sana; FluxTransformer2DModel's defaults for Flux; transformers' configurations of CLIP and T5.
 """
 
 from collections.abc import Callable

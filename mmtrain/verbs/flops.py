@@ -11,7 +11,7 @@ from mmtrain.config import UserError
 from mmtrain.config.suggest import did_you_mean, nearest
 
 WIDTH_OF_FILES = 160
-FLAGS = "text: read in the source; secondary: read elsewhere; measured: counted on torch's meta device; computed: from those"
+FLAGS = "text: in the source; secondary: elsewhere; measured: on torch's meta device; computed: from those"
 
 
 def main(argv: list[str]) -> int:
@@ -125,7 +125,7 @@ def _compare(folders: list[str]) -> int:
         table.add_row(name, f"{flops:.2e}", convention, ratio, hours_40, published, implied, checked, remark, fid)
     print_table(table)
     print(
-        "\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; a ledger counts packed documents apart."
+        "\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; ledgers: packed documents apart."
     )
     print(f"{FLAGS}.")
     print(
