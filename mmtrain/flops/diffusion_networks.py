@@ -4,12 +4,13 @@ Parameters match the published ones to the digit where a published number exists
 backward of grouped convolutions is wrong (65 x forward for a depthwise one), so a training step is 3 x forward of the
 network plus one forward of what is frozen (VAE encoder, text encoders). Elementwise, norms and softmax are not counted.
 
-Sources of the configurations: unet/config.json of the releases for the U-Nets; diffusers scripts/convert_*_to_diffusers.py
-for DiT, PixArt, SD3 and Sana; FluxTransformer2DModel's defaults for Flux; transformers' configurations of CLIP and T5.
+Sources of the configurations: unet/config.json of the releases for the U-Nets; diffusers
+scripts/convert_*_to_diffusers.py for
+DiT, PixArt, SD3 and Sana; FluxTransformer2DModel's defaults for Flux; transformers' configurations of CLIP and T5.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 

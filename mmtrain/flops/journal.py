@@ -195,7 +195,9 @@ class Journal:
             before = replay([*entries, *new])
             segment = 1 + max((s.number for s in before.segments), default=0)
             new.append({"start": step, "segment": segment})
-            new += [{"artifact": name, "books": books} for name, books in artifacts.items() if name not in before.artifacts]
+            new += [
+                {"artifact": name, "books": books} for name, books in artifacts.items() if name not in before.artifacts
+            ]
             if base and not before.base:
                 new.append({"base": base})
             account = replay([*entries, *new])

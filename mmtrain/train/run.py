@@ -26,8 +26,8 @@ from mmtrain.train.checkpoint import has_checkpoint
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "sweep", "root", "data_dir", "data.processes", "engine",
                   "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
                   "train.async_checkpoint", "train.dry_run", "health", "stream.prefetch",
-                  "stream.workers", "diffusion.sampler", "diffusion.sampling_steps", "diffusion.decode", "mix", "corpora",
-                  "store", "runner", "retrieval.inlined", "plan")  # fmt: skip
+                  "stream.workers", "diffusion.sampler", "diffusion.sampling_steps", "diffusion.decode", "mix",
+                  "corpora", "store", "runner", "retrieval.inlined", "plan")  # fmt: skip
 LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")
 

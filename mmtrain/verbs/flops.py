@@ -11,7 +11,7 @@ from mmtrain.config import UserError
 from mmtrain.config.suggest import did_you_mean, nearest
 
 WIDTH_OF_FILES = 160
-FLAGS = "text: read in the source; secondary: read elsewhere; measured: counted on torch's meta device; computed: from those"
+FLAGS = "text: in the source; secondary: elsewhere; measured: on torch's meta device; computed: from those"
 
 
 def main(argv: list[str]) -> int:
@@ -103,8 +103,8 @@ def _compare(folders: list[str]) -> int:
     own = {os.path.relpath(run): read_account(run).ledger.training_total for run in runs}
     reference = max(1, next(iter(own.values())))
     first = next(iter(own))
-    table = new_table("model", "training FLOPs", "convention", f"x {first}", "A100-hours at 40 % MFU", "published hours",
-                      "implied MFU", "checked", "remark", "FID")  # fmt: skip
+    columns = ("model", "training FLOPs", "convention", f"x {first}", "A100-hours at 40 % MFU", "published hours")
+    table = new_table(*columns, "implied MFU", "checked", "remark", "FID")
     rows = [
         (float(flops), f"[bold]{name}[/bold]", "3 x forward, causal half", "", "", "ledger", "", "")
         for name, flops in own.items()
@@ -124,10 +124,11 @@ def _compare(folders: list[str]) -> int:
         ratio, hours_40 = f"{flops / reference:.3g}", f"{reference_hours(flops):,.3g}"
         table.add_row(name, f"{flops:.2e}", convention, ratio, hours_40, published, implied, checked, remark, fid)
     print_table(table)
-    print(f"\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; a ledger counts packed documents apart.")
-    print(f"{FLAGS}.")
-    print("6ND leaves attention out: worth up to 2 x for small models. Implied MFU below 5 % or above 65 %: such hours are no")
-    print("measure of compute. FID: zero-shot COCO 30k, settings differ; none is computed for a run here.")
+    print(
+        "\n1 multiply-add = 2 FLOPs; training of the network alone, frozen parts excluded; ledgers: packed documents "
+        f"apart.\n{FLAGS}.\n6ND leaves attention out: worth up to 2 x for small models. Implied MFU below 5 % or above "
+        "65 %: such hours are no measure of compute.\nFID: zero-shot COCO 30k, settings differ; none is computed here."
+    )
     return 0
 
 

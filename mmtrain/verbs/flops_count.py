@@ -1,7 +1,6 @@
 """`mmtrain flops count`: FLOPs of a model configuration by module and convention, or of a diffusion network."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtrain.config import Config, UserError
@@ -89,7 +88,10 @@ def _count_network(name: str, words: list[str]) -> int:
     ]
     if counted.vae_encode is not None:
         encode, decode, parameters = count_vae(resolution, network.vae)
-        rows += [(f"VAE encode, frozen ({parameters:,} parameters)", f"{encode:,}"), ("VAE decode, for sampling only", f"{decode:,}")]
+        rows += [
+            (f"VAE encode, frozen ({parameters:,} parameters)", f"{encode:,}"),
+            ("VAE decode, for sampling only", f"{decode:,}"),
+        ]
     rows += [(f"{encoder}, per caption", f"{flops:,}") for encoder, flops in counted.text.items()]
     rows += [
         ("training step of the network (3 x forward)", f"{3 * counted.forward:,}"),
@@ -97,7 +99,10 @@ def _count_network(name: str, words: list[str]) -> int:
         ("  share of what is frozen", f"{100 * counted.frozen / counted.training_step:.1f} %"),
     ]
     print_rows(rows)
-    print("1 multiply-add = 2 FLOPs; norms, softmax and elementwise work are not counted" + (f"; {network.remark}" if network.remark else ""))
+    print(
+        "1 multiply-add = 2 FLOPs; norms, softmax and elementwise work are not counted"
+        + (f"; {network.remark}" if network.remark else "")
+    )
     return 0
 
 

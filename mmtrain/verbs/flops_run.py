@@ -56,8 +56,8 @@ def _one(folder: Path) -> int:
     for name, books in (*account.artifacts.items(), *account.commands.items()):
         print(f"  {name:<40}{sum(books.values()):>12.4g}  {', '.join(books)}")
     problems = audit(folder, account)
-    print("audit: " + ("the lines add up to the totals, and agree with ledger.json, checkpoints and metrics" if not problems
-                       else "; ".join(problems)))  # fmt: skip
+    sound = "the lines add up to the totals, and agree with ledger.json, checkpoints and metrics"
+    print(f"audit: {'; '.join(problems) or sound}")
     for name, meaning in CONVENTIONS.items():
         print(f"  {name}: {meaning}")
     return 1 if problems else 0
@@ -71,22 +71,31 @@ def _lineage(account: Account) -> list[str]:
     total = lineage_total(account)
     lines = [f"{'base model, in no book here':<30}{known:>12}  {base['name']} ({base['source']})"]
     whole = "unknown" if total is None else f"{total:.4g}"
-    return [*lines, f"{'training with all base models':<30}{whole:>12}  Epoch AI's rule: a model includes what it is made of"]
+    return [
+        *lines,
+        f"{'training with all base models':<30}{whole:>12}  Epoch AI's rule: a model includes what it is made of",
+    ]
 
 
 def audit(folder: Path, account: Account) -> list[str]:
     """What does not agree, one sentence each: the lines, ledger.json, the newest checkpoint, the logged total."""
     problems = account.problems()
     if (folder / LEDGER).is_file() and Ledger.read(folder / LEDGER).state() != account.ledger.state():
-        problems.append(f"{LEDGER} is not what {JOURNAL} adds up to (a run that is training now writes it with each log row)")
+        problems.append(
+            f"{LEDGER} is not what {JOURNAL} adds up to (a run that is training now writes it with each log row)"
+        )
     state = _newest_state(folder / "checkpoints")
     if state is not None:
         booked, kept = account.training_until(state["step"]), state["ledger"]
         if any(kept.get(kind, 0) != booked.get(kind, 0) for kind in kept if kind.startswith("train_")):
-            problems.append(f"the checkpoint of step {state['step']} has other training books than the lines up to that step")
+            problems.append(
+                f"the checkpoint of step {state['step']} has other training books than the lines up to that step"
+            )
     row = _last_logged(folder / "metrics.jsonl")
     if row and sum(account.training_until(row["step"]).values()) != row["flops_total"]:
-        problems.append(f"metrics.jsonl says flops_total={row['flops_total']:.6g} at step {row['step']}, the lines another sum")
+        problems.append(
+            f"metrics.jsonl says flops_total={row['flops_total']:.6g} at step {row['step']}, the lines another sum"
+        )
     return problems
 
 
@@ -112,7 +121,9 @@ def _last_logged(path: Path) -> dict[str, Any] | None:
 
 def _several(runs: list[Path]) -> int:
     """A line per run, and their sum: what several runs were made from, tokenizers and shards, counts once."""
-    table = new_table("run", "training", "lost", "evaluation, sampling", "preparation", "everything", "with base models")
+    table = new_table(
+        "run", "training", "lost", "evaluation, sampling", "preparation", "everything", "with base models"
+    )
     artifacts: dict[str, dict[str, int]] = {}
     sums: Counter[str] = Counter()
     for run in runs:

@@ -277,6 +277,7 @@ mmtrain import SOURCE out=FOLDER [shard_bytes=5000000000] [baseline=ID]
 Reads a Hugging Face folder (safetensors, config.json, tokenizer.json) of OPT without biases and parameters
 of norms, of Llama, or of Chameleon, and writes a weights folder. Every token keeps its row; image codes and
 masks that the model does not know get rows when a run starts from it. Pickled weights are never opened.
+baseline=ID names the model in `mmtrain flops ls`, so that the lineage of a run knows what its weights cost.
 
 Example: tune Llama 2 on pictures of your own
   mmtrain import Llama-2-7b-hf out=weights/llama2

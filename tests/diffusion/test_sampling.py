@@ -79,7 +79,8 @@ def sampler() -> PictureSampler:
     torch.manual_seed(0)
     image = ImageTokenizer(ImageTokenizerConfig(levels=[8, 6, 5], width=8), 32).eval()
     text = TextTokenizer.train(["a red circle"] * 3, _text_config())
-    return PictureSampler(small_model(diffusion), text, image, diffusion, np.zeros(3, np.float32), np.ones(3, np.float32))
+    mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
+    return PictureSampler(small_model(diffusion), text, image, diffusion, mean, std)
 
 
 def _text_config():  # noqa: ANN202

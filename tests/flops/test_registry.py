@@ -31,12 +31,18 @@ def content():
 
 def test_packaged_registry_is_valid_and_complete():
     registry = {baseline.id: baseline for baseline in load_registry()}
-    assert len(registry) == 40
+    assert len(registry) == 41  # and 9 of text alone
     assert registry["cm3leon-7b"].training_compute[0].value == 1.043e23
     assert registry["cm3leon-7b"].best_fid.value == 4.88
     assert registry["sd-1.5"].training_compute[0].value == 6.698e21
     assert registry["sd-1.5"].is_token_model is False
     assert all(quantity.source for baseline in registry.values() for quantity in baseline.quantities.values())
+
+
+@pytest.mark.parametrize("id", ["gpt-3.5", "gpt-4", "midjourney"])
+def test_undisclosed_stays_undisclosed(id):
+    model = next(baseline for baseline in load_registry(text_models=True) if baseline.id == id)
+    assert model.is_undisclosed and model.training_compute is None
 
 
 @pytest.mark.parametrize("id", ["sd3-8b", "make-a-scene", "llamagen-c2i-3b", "mdt-xl2", "u-vit-h2", "emu3-8b"])

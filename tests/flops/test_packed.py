@@ -1,0 +1,28 @@
+"""The ledger of packed batches is the sum over their documents counted one by one, exactly."""
+
+from mmtrain.flops import read_account, step_flops
+from mmtrain.flops.count import document_lengths
+from mmtrain.flops.journal import Journal
+from mmtrain.train import loop
+from mmtrain.train.window import Window
+from tests.train.small_run import VOCABULARY, WORLD, FixedStream, small_config
+
+
+def test_packed_batches_cost_what_their_documents_cost_one_by_one(tmp_path):
+    config = small_config(3)
+    stream = FixedStream(config.stream)
+    window = Window(WORLD, config.model, VOCABULARY.size, 64, ("fixed",))
+    apart = 0
+    for step in range(3):
+        batch, counts = stream.prepare(step)
+        window.add_step(counts)
+        for length in document_lengths(batch["document"]):
+            apart += step_flops(config.model, VOCABULARY.size, [int(length)], 1, int(length)).model_causal
+    totals = window.reduce()
+    assert totals.flops.model_causal == apart > 0
+    parts = loop.split_by_kind(totals.flops.model_causal, totals.tokens)
+    journal, ledger = Journal(tmp_path), loop.Ledger()
+    journal.start(ledger, 0, {})
+    ledger.book_training(parts)
+    journal.write(ledger, 3)
+    assert read_account(tmp_path).ledger.training_total == apart
