@@ -100,8 +100,17 @@ def check_command(words: list[str]) -> None:
     if verb == "flops" and others[:1] == ["show"]:
         from mmtrain.flops import load_registry
 
-        assert others[1] in {baseline.id for baseline in load_registry()}
+        assert others[1] in {baseline.id for baseline in load_registry(text_models=True)}
         return
+    if verb == "flops" and len(others) == 2 and others[0] == "count":
+        from mmtrain.flops.diffusion_networks import NETWORKS
+
+        assert others[1] in {*options()["model"], *NETWORKS}
+        return
+    if verb == "flops" and others[:1] == ["compare"]:
+        return
+    if verb == "report":
+        others = [word for word in others if word not in ("compare", "ablation") and not word.startswith("runs/")]
     # Words of `mmtrain generate` are prompts, whatever they are.
     assert verb == "generate" or set(others) <= allowed, others
     if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):

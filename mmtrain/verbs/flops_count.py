@@ -72,9 +72,9 @@ def _count_network(name: str, words: list[str]) -> int:
 
     network = NETWORKS[name]
     given = dict(word.partition("=")[::2] for word in words)
-    for key, text in given.items():
-        if key not in ("resolution", "text_tokens") or not text.isdecimal():
-            raise UserError(f"{key}={text}: a diffusion network takes resolution=PIXELS and text_tokens=NUMBER")
+    for key, value in given.items():
+        if key not in ("resolution", "text_tokens") or not value.isdecimal():
+            raise UserError(f"{key}={value}: a diffusion network takes resolution=PIXELS and text_tokens=NUMBER")
     resolution = int(given.get("resolution", network.resolutions[-1]))
     tokens = int(given["text_tokens"]) if "text_tokens" in given else None
     counted = count_network(name, resolution, tokens)
@@ -92,7 +92,7 @@ def _count_network(name: str, words: list[str]) -> int:
             (f"VAE encode, frozen ({parameters:,} parameters)", f"{encode:,}"),
             ("VAE decode, for sampling only", f"{decode:,}"),
         ]
-    rows += [(f"{encoder}, per caption", f"{flops:,}") for encoder, flops in counted.text.items()]
+    rows += [(f"{encoder}, per caption", f"{number:,}") for encoder, number in counted.text.items()]
     rows += [
         ("training step of the network (3 x forward)", f"{3 * counted.forward:,}"),
         ("with one forward pass of what is frozen", f"{counted.training_step:,}"),
