@@ -53,3 +53,17 @@ def test_megatron_hfu_follows_from_its_mfu(size):
     # forward and backward, three times what one more forward pass is.
     again = attention_per_token(layers, width, 2048)
     assert mfu * (1 + again / palm) == pytest.approx(hfu, abs=0.11)
+
+
+# Seconds of a step, sequences in it = GPUs (22B: 8 GPUs): table 5 of the paper from memory, not read again in a source.
+MEGATRON_STEPS = {"22B": (1.10, 4, 8), "175B": (13.75, 64, 64), "530B": (37.83, 280, 280), "1T": (71.49, 512, 512)}
+
+
+@pytest.mark.parametrize("size", MEGATRON_STEPS)
+def test_megatron_mfu_follows_from_its_seconds_per_step(size):
+    layers, width, mfu, _ = MEGATRON[size]
+    seconds, sequences, gpus = MEGATRON_STEPS[size]
+    model = ModelConfig(layers=layers, width=width, heads=width // 128)
+    flops = step_flops(model, 51_200, [2048] * sequences, sequences, 2048).model_palm
+    rounding = mfu * 0.005 / seconds  # of the seconds, as printed
+    assert 100 * flops / seconds / gpus / A100 == pytest.approx(mfu, abs=0.051 + rounding)
