@@ -44,6 +44,8 @@ class Artifacts:
     tokens: dict[str, Path]
     neighbours: dict[str, Path]
     inlined: dict[str, Path] = field(default_factory=dict)
+    encoder: Path | None = None
+    """Of retrieval, where it was trained on the corpus."""
 
     @property
     def main(self) -> str:
@@ -55,7 +57,7 @@ class Artifacts:
         plain = {
             f.name: {name: os.path.relpath(path, run_dir) for name, path in value.items()}
             if isinstance(value := getattr(self, f.name), dict)
-            else os.path.relpath(value, run_dir)
+            else value and os.path.relpath(value, run_dir)
             for f in fields(self)
         }
         write_text_atomic(run_dir / "artifacts.json", json.dumps(plain, indent=1))
@@ -89,18 +91,18 @@ class Artifacts:
             by_source("tokens"),
             by_source("neighbours"),
             by_source("inlined"),
+            folder("encoder", content["encoder"]) if content.get("encoder") else None,
         )
 
     def flops(self) -> dict[str, int]:
         """What these artifacts cost, by book of the ledger."""
         books: Counter[str] = Counter()
-        metrics = self.image_tokenizer / "metrics.json"
-        if metrics.is_file():
-            books["image_tokenizer_train"] = int(json.loads(metrics.read_text())["flops"])
+        for book, trained in (("image_tokenizer_train", self.image_tokenizer), ("retrieval_train", self.encoder)):
+            if trained and (trained / "metrics.json").is_file():
+                books[book] = int(json.loads((trained / "metrics.json").read_text())["flops"])
         for folder in (*self.tokens.values(), *self.neighbours.values()):
             books.update(json.loads((folder / "flops.json").read_text()))
         return dict(books)
-
 
     def left_out(self) -> dict[str, int]:
         """What the corpora held and their documents do not: data/SOURCE/left_out/REASON -> how many."""

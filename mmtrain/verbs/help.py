@@ -192,13 +192,19 @@ Example
 """,
     "report": """\
 mmtrain report [run=FOLDER]
+mmtrain report ablation sweep=FOLDER [baseline=ARM]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
 published models, and the commands that reproduce it. The run is chosen as with `mmtrain generate`.
 
+ablation  compares the arms of a sweep that was measured with task=loss (and shapes): losses of held-out documents by
+          modality, attribute accuracy, means over seeds and paired differences from the baseline (default: the first
+          case) with 95 % intervals, by a bootstrap over seeds and documents; FOLDER/ablation.json and ablation.png.
+
 Example
   mmtrain report run=runs/quickstart
+  mmtrain report ablation sweep=runs/ablate_retrieval baseline=none
 """,
     "checkpoint": """\
 mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]
