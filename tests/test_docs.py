@@ -15,6 +15,7 @@ from mmtrain.config.compose import compose, with_overrides
 from mmtrain.config.listing import groups
 from mmtrain.config.override import read_override
 from mmtrain.config.suggest import known_keys, section_names
+from mmtrain.config.sweep import expand
 from mmtrain.config.validate import walk
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary
 from mmtrain.verbs import data
@@ -85,7 +86,7 @@ def check_command(words: list[str]) -> None:
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
     parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}}
-    parts |= {"train": {"prepare"}, "retrieval": {"join", "inspect", "100"}}
+    parts |= {"train": {"prepare", "-m"}, "retrieval": {"join", "inspect", "100"}}
     if verb in ("export", "import"):
         keys = {word.partition("=")[0] for word in settings}
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings
@@ -106,6 +107,8 @@ def check_command(words: list[str]) -> None:
     if verb in OF_A_RUN and not any(word.startswith("experiment=") for word in settings):
         settings = [word for word in settings if word.partition("=")[0] not in ("run", "root", "name")]
         with_overrides(defaults(), settings)
+    elif "-m" in others and settings:
+        expand(settings)
     elif verb in CONFIGURED:
         compose([word for word in settings if not word.startswith("model.weights=")])  # a folder that the reader makes
 

@@ -43,6 +43,11 @@ def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     return validate(_resolved(config, config_dir))
 
 
+def compose_unchecked(overrides: list[str], config_dir: Path | None = None) -> Config:
+    """As `compose`, but whether the whole can work is not looked at: for what stands in front of a sweep's jobs."""
+    return _compose(overrides, config_dir)
+
+
 def _explicit_model_keys(config: Config, overrides: list[str], config_dir: Path | None) -> set[str]:
     """Keys of the section model that were set by who set model.weights: on the command line, or in the same files."""
     said = [read_override(text, groups(config_dir)).key for text in overrides]

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain.config.errors import UserError
@@ -117,9 +118,15 @@ def _check_option(group: str, value: Any, options: Mapping[str, Path]) -> None:
     raise UserError(f"{group}={value} does not exist; {hint}{more}")
 
 
+@cache
+def _any_config() -> DictConfig:
+    """To try values on: building it takes longer than all the rest."""
+    return OmegaConf.structured(Config)
+
+
 def _check_type(key: str, value: Any, raw_value: str) -> None:
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value)
+        OmegaConf.update(_any_config(), key, value)
     except OmegaConfBaseException as error:
         raise UserError(f"{key}={raw_value} must be {expectation(key)}") from error
 

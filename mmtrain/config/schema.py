@@ -379,7 +379,7 @@ class SweepConfig:
     """Several runs by one command, `mmtrain train -m`: every case crossed with every value of every axis."""
 
     grid: dict[str, list[Any]] = knob({}, "Axes and their values, such as {seed:[1,2],model:[tiny,small]}; an axis on the command line (optim.lr=1e-3,3e-3) replaces that of the same name here.")
-    cases: dict[str, list[str]] = knob({}, "Named sets of settings, such as {none:[retrieval=none],nearest:[retrieval=cm3leon]}.")
+    cases: dict[str, list[str]] = knob({}, "Named sets of settings, such as {none: [retrieval=none], nearest: [retrieval=cm3leon]}; set in files.")
     parallel: int = knob(1, "Jobs side by side (0: as many as the GPUs, or cores, of this machine carry).", minimum=0)
     evaluate: list[str] = knob([], "Tasks of `mmtrain evaluate` to measure each run on after its training, such as [shapes,loss].")
     retry_failed: bool = knob(False, "Start failed jobs again, too; without it they are left alone.")

@@ -18,14 +18,14 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Transformer
 from hydra.errors import HydraException
 
 from mmtrain.config.artifact import fingerprint
-from mmtrain.config.compose import compose
+from mmtrain.config.compose import compose, compose_unchecked
 from mmtrain.config.errors import UserError
 from mmtrain.config.listing import groups
 from mmtrain.config.override import plain_value, quoted, read_override
 from mmtrain.config.schema import Config
 
 LONGEST_NAME = 120
-WORD = re.compile(r"[A-Za-z_][\w.+-]*")
+WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.+-]*")
 OF_THE_WHOLE = ("name", "root", "run", "sweep")
 """What a sweep has once, not each of its jobs."""
 
@@ -74,7 +74,7 @@ def expand(words: list[str], config_dir: Path | None = None) -> Sweep:
             raise UserError(f"{key} cannot be an axis: it belongs to the whole sweep; give it one value")
     if "experiment" in axes and "name" not in rest:
         raise UserError("a sweep over experiments has no name of its own; add name=NAME")
-    settings = compose([*rest.values(), *(f"{key}={values[0]}" for key, values in axes.items())], config_dir)
+    settings = compose_unchecked([*rest.values(), *(f"{key}={values[0]}" for key, values in axes.items())], config_dir)
     from_file = {key: [written(value) for value in values] for key, values in settings.sweep.grid.items()}
     axes = {key: values for key, values in from_file.items() if key not in rest} | axes
     own = {key: word for key, word in rest.items() if key.partition(".")[0] not in OF_THE_WHOLE}
@@ -116,48 +116,53 @@ def _jobs(
     folder: Path,
     config_dir: Path | None,
 ) -> list[Job]:
-    """Every case crossed with every value of every axis; own: what all jobs are told, by key."""
+    """Every case crossed with every value of every axis, composed; own: what all jobs are told, by key."""
     known = groups(config_dir)
     for key, values in axes.items():
         if not values:
             raise UserError(f"sweep.grid.{key} is empty; give it values, or take it out")
         for value in values:
             read_override(f"{key}={value}", known)
-    chosen: dict[tuple[str, ...], list[str]] = {}  # what is a job's own -> all that it is told
-    parts = []
-    short = _short_names([*axes])
-    for case, settings in cases.items():
-        of_case = [word for word in settings if read_key(word) not in own]
-        for word in of_case:
-            key = read_override(word, known).key
+    told = {case: [word for word in words if read_key(word) not in own] for case, words in cases.items()}
+    for case, words in told.items():
+        for key in (read_override(word, known).key for word in words):
             if key in axes:
                 raise UserError(f"{key} is set by case {case} and is an axis of the grid, too; take one out")
-        for values in product(*axes.values()):
-            on_axes = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-            named = [f"{short[key]}={value}" for key, value in zip(axes, values, strict=True)]
-            if (*of_case, *on_axes) in chosen:
-                raise UserError(f"{','.join([case, *on_axes]).strip(',')} is in the sweep twice; say it once")
-            chosen[(*of_case, *on_axes)] = [*of_case, *own.values(), *on_axes]
-            parts.append([case, *named] if case else named)
-    if len(chosen) < 2 and not axes:
+    parts, choices = _crossed(told, axes)
+    if len(choices) < 2 and not axes:
         raise UserError(
             "this sweep has one run; write several values (optim.lr=1e-3,3e-3), set sweep.grid or sweep.cases, or "
             "leave out -m"
         )
     jobs = []
-    for name, (choices, words) in zip(_names(parts), chosen.items(), strict=True):
-        overrides = (*words, f"name={name}", f"root={folder}")
+    for name, (of_case, on_axes) in zip(_names(parts), choices, strict=True):
+        overrides = (*of_case, *own.values(), *on_axes, f"name={name}", f"root={folder}")
         try:
-            jobs.append(Job(name, choices, overrides, compose([*overrides], config_dir)))
+            jobs.append(Job(name, (*of_case, *on_axes), overrides, compose([*overrides], config_dir)))
         except UserError as error:
             raise UserError(f"job {name}: {error}") from error
     return jobs
 
 
-def _short_names(keys: list[str]) -> dict[str, str]:
-    """Key -> its last part, where no other key has that; else the whole key."""
-    leaves = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in keys}
+def _crossed(
+    cases: Mapping[str, list[str]], axes: Mapping[str, list[str]]
+) -> tuple[list[list[str]], list[tuple[list[str], list[str]]]]:
+    """For each job the parts of its name, and its settings: those of the case, and one of each axis."""
+    leaf = {key: key.rpartition(".")[2] for key in axes}
+    uses = Counter(leaf.values())
+    short = {key: leaf[key] if uses[leaf[key]] == 1 else key for key in axes}
+    parts: list[list[str]] = []
+    choices: list[tuple[list[str], list[str]]] = []
+    for case, of_case in cases.items():
+        for values in product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            choice = (of_case, [f"{key}={value}" for key, value in chosen.items()])
+            named = [*([case] if case else []), *(f"{short[key]}={value}" for key, value in chosen.items())]
+            if choice in choices:
+                raise UserError(f"{','.join(named)} is in the sweep twice; say it once")
+            parts.append(named)
+            choices.append(choice)
+    return parts, choices
 
 
 def _names(jobs: list[list[str]]) -> list[str]:

@@ -8,7 +8,7 @@ from mmtrain.flops import flops_from_sums
 from mmtrain.tokens import Vocabulary
 from mmtrain.train.run import Artifacts
 
-SAMPLED_STEPS = 32
+FEWEST_SAMPLED, MOST_SAMPLED, SAMPLED_TOKENS = 32, 256, 1 << 18
 
 
 def with_budget(config: Config, artifacts: Artifacts) -> Config:
@@ -40,16 +40,20 @@ def steps_for(budget: float, first: list[int]) -> int:
     return max(1, min(range(len(sums)), key=lambda steps: abs(sums[steps] - budget)))
 
 
-def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = SAMPLED_STEPS) -> list[int]:
+def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = 0) -> list[int]:
     """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them.
 
-    A model of another kind is dispatched from here.
+    0: as many as hold about SAMPLED_TOKENS; a small corpus has another mean at the end of an epoch. A model of
+    another kind is dispatched from here.
     """
     from mmtrain.train.worker import open_stream  # noqa: PLC0415 - it imports the engines
 
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
     stream = open_stream(config, artifacts, vocabulary, "train")
     found = []
+    if not num_steps:
+        per_step = config.stream.global_batch * config.stream.sequence_length
+        num_steps = min(MOST_SAMPLED, max(FEWEST_SAMPLED, SAMPLED_TOKENS // per_step))
     for step in range(num_steps):
         _, counts = stream.prepare(step)
         lengths = counts.lengths.tolist()

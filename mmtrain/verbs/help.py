@@ -118,6 +118,7 @@ Example
 """,
     "train": """\
 mmtrain train [settings]
+mmtrain train -m KEY=VALUE,VALUE ... [settings]
 mmtrain train prepare [settings]
 
 Prepares what is missing (corpus, tokenizers, shards, neighbours) and trains on DeepSpeed: on every GPU of
@@ -129,6 +130,11 @@ itself, on the hosts that still answer. Exit code 1: training failed; 2: a mista
 
 prepare   stops before training; its last line is the run directory, for torchrun, Slurm or Kubernetes to train:
           torchrun --nproc_per_node 2 -m mmtrain.train.worker --run-dir runs/quickstart
+
+-m, --multirun   a run for each combination of values (a,b  range(0,4)  glob(llama*)), and of sweep.grid and
+          sweep.cases of the experiment, in root/name: all are checked first; one that fails stops no other; the
+          same command runs only what is missing. sweep.parallel runs side by side, sweep.evaluate measures.
+train.flops=N    a budget in FLOPs in place of train.steps.
 
 Example: minutes on a laptop, on real captioned pictures
   mmtrain train experiment=quickstart

@@ -214,13 +214,15 @@ def print_table(name: str, entries: list[Entry]) -> None:
     table = Table("job", "state", "steps", "val_loss", "train FLOPs", "minutes", title=name, title_justify="left")
     for entry in entries:
         rows = read_metrics(entry.folder / "metrics.jsonl")
-        loss, ledger = last_validation(entry.folder), entry.folder / "ledger.json"
+        loss, flops = last_validation(entry.folder), ""
+        with contextlib.suppress(UserError):  # none yet, or what the job failed for
+            flops = f"{Ledger.read(entry.folder / 'ledger.json').training_total:.3e}"
         table.add_row(
             entry.name,
             entry.state,
             str(rows[-1]["step"]) if rows else "",
             "" if loss is None else f"{loss:.4f}",
-            f"{Ledger.read(ledger).training_total:.3e}" if ledger.is_file() else "",
+            flops,
             f"{entry.seconds / 60:.1f}",
         )
     Console().print(table)

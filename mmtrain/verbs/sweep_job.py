@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from mmtrain.config.sweep import Job
 from mmtrain.train.checkpoint import newest
 from mmtrain.train.status import read_status
-from mmtrain.train.stop import terminate_when_orphaned
+from mmtrain.train.stop import ASKING, terminate_when_orphaned
 from mmtrain.train.supervise import FINISHED
 
 PROGRAM = (sys.executable, "-m", "mmtrain")
@@ -130,8 +131,9 @@ class Running:
         entry.exit_code, entry.reason = code, ""
         if code == 0 and status and status.state == FINISHED:
             entry.state = FINISHED
-        elif code and not stopping:
-            entry.state, entry.reason = FAILED, reason_of(self.log, self.log_start) or f"exit code {code}"
+        elif code and not stopping and signal_of(code) not in ASKING:
+            number, last = signal_of(code), reason_of(self.log, self.log_start)
+            entry.state, entry.reason = FAILED, f"killed ({number.name})" if number else last or f"exit code {code}"
         else:
             entry.state = WAITING
             entry.reason = f"stopped at step {status.step}" if status else "stopped before its first step"
@@ -172,6 +174,12 @@ def is_measured(run: Path, task: str) -> bool:
         return False
     checkpoint = newest(run / "checkpoints")
     return checkpoint is not None and record.get("checkpoint") == checkpoint.path.name
+
+
+def signal_of(code: int) -> signal.Signals | None:
+    """The signal that ended a process with this exit code, its own or as `mmtrain` says it (128 + number)."""
+    number = -code if code < 0 else code - 128
+    return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def reason_of(log: Path, start: int = 0) -> str:
