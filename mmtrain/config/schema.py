@@ -140,7 +140,7 @@ class RetrievalConfig:
     encoder: str = knob("hashed", "Encoder of documents for the search: hashed words and picture statistics, dual (a small one, trained on the corpus), or clip (CLIP or SigLIP, extra hf).", choices=("hashed", "dual", "clip"))
     encoder_path: str = knob("", "clip: folder or Hugging Face id of a CLIP or SigLIP model. dual: folder of a trained one (empty: train it on the corpus).")
     dimension: int = knob(256, "hashed, dual: size of a document vector.", minimum=8)
-    dual_steps: int = knob(600, "dual: training steps.", minimum=1)
+    dual_steps: int = knob(300, "dual: training steps.", minimum=1)
     dual_batch: int = knob(128, "dual: pairs per step, each of which is told from all the others.", minimum=2)
     dual_pairs: int = knob(50_000, "dual: most pairs of the training split to train on.", minimum=8)
     dual_lr: float = knob(2e-3, "dual: peak learning rate (one cycle).", minimum=0.0)

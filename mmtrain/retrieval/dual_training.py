@@ -27,7 +27,7 @@ METRICS = "metrics.json"
 HELD_OUT = 1000
 FEWEST_PAIRS = 8
 # Of a text's features, and of a picture's hidden units: a thousand pairs are soon known by heart.
-FEATURE_DROPOUT, HIDDEN_DROPOUT = 0.2, 0.3
+FEATURE_DROPOUT, HIDDEN_DROPOUT = 0.5, 0.5
 WEIGHT_DECAY, WARMUP_FRACTION, CLIP = 0.05, 0.1, 1.0
 REPORT_EVERY = 20
 RANKS = (1, 5)

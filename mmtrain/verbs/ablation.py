@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
 def find_runs(folder: Path) -> dict[str, dict[str, Runs]]:
     """Corpus -> arm -> run directory by seed. An arm is the name of a job without its corpus and seed.
 
-    Raises UserError where the folder is no sweep, a run was not measured, or arms have different seeds.
+    Arms that were not measured with every seed are left out, and named. Raises UserError where the folder is no sweep,
+    and where fewer than two arms of a corpus are left.
     """
     try:
         jobs = json.loads((folder / SWEEP).read_text())["jobs"]
@@ -83,17 +84,24 @@ def find_runs(folder: Path) -> dict[str, dict[str, Runs]]:
     found: dict[str, dict[str, Runs]] = {}
     for job in jobs:
         run = folder / job["name"]
-        if not (run / "evaluation-loss.json").is_file():
-            raise UserError(
-                f"{run} was not measured; run the sweep again with sweep.evaluate=[loss], or "
-                f"`mmtrain evaluate task=loss run={run}`"
-            )
-        config = load_frozen(run / "config.yaml")
+        own = dict(word.partition("=")[::2] for word in job["overrides"])
+        corpus, seed = own.get("corpus", ""), int(own.get("seed", 0))
+        if (run / "config.yaml").is_file():  # else it has not started
+            config = load_frozen(run / "config.yaml")
+            corpus, seed = config.corpus.name, config.seed
         parts = [part for part in job["name"].split(",") if part.partition("=")[0] not in ("corpus", "seed")]
-        found.setdefault(config.corpus.name, {}).setdefault(",".join(parts) or "run", {})[config.seed] = run
+        found.setdefault(corpus, {}).setdefault(",".join(parts) or "run", {})[seed] = run
     for corpus, arms in found.items():
-        if len({tuple(sorted(runs)) for runs in arms.values()}) != 1:
-            raise UserError(f"the arms of {corpus} in {folder} have different seeds; let the sweep finish first")
+        for arm, runs in list(arms.items()):
+            missing = [seed for seed, run in sorted(runs.items()) if not (run / "evaluation-loss.json").is_file()]
+            if missing:
+                print(
+                    f"mmtrain: {arm} on {corpus} is left out: seed {', '.join(map(str, missing))} was not measured; "
+                    "let the sweep finish, with loss in sweep.evaluate"
+                )
+                del arms[arm]
+        if len(arms) < 2:
+            raise UserError(f"{folder} has no two arms on {corpus} that were measured; let the sweep finish first")
     return found
 
 
