@@ -75,7 +75,7 @@ def find_runs(folder: Path) -> dict[str, dict[str, Runs]]:
     """Corpus -> arm -> run directory by seed. An arm is the name of a job without its corpus and seed.
 
     Arms that were not measured with every seed are left out, and named. Raises UserError where the folder is no sweep,
-    and where fewer than two arms of a corpus are left.
+    and where no corpus has two arms left.
     """
     try:
         jobs = json.loads((folder / SWEEP).read_text())["jobs"]
@@ -100,8 +100,9 @@ def find_runs(folder: Path) -> dict[str, dict[str, Runs]]:
                     "let the sweep finish, with loss in sweep.evaluate"
                 )
                 del arms[arm]
-        if len(arms) < 2:
-            raise UserError(f"{folder} has no two arms on {corpus} that were measured; let the sweep finish first")
+    found = {corpus: arms for corpus, arms in found.items() if len(arms) > 1}
+    if not found:
+        raise UserError(f"{folder} has no two arms that were measured with every seed; let the sweep finish first")
     return found
 
 

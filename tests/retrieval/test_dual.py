@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> tuple[Path, dict, list[float]]:
 
 def test_the_loss_falls_and_held_out_pictures_are_found(trained) -> None:
     _, metrics, losses = trained
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.75 * np.log(CONFIG.dual_batch)  # all pairs alike
     # 40 pictures of 4 colors: who knows the color finds the picture among the 5 best in half the cases.
     assert metrics["held_out"] == 40 and metrics["r@5"] > 2 * 5 / 40
     assert metrics["flops"] > 3 * 40 * 32 * 2 * 512 * (32 + 128)
@@ -62,9 +62,9 @@ def test_others_of_a_cluster_are_no_negatives() -> None:
 
 
 def test_neighbours_are_found_with_it(trained, shards, tmp_path) -> None:
-    train = shards("train", (pair(i) for i in range(40)))
+    shards("train", (pair(i) for i in range(40)))
     config = replace(CONFIG, encoder_path=str(trained[0]), max_score=1.0)
-    build_neighbours({"train": train.folder}, config, tmp_path / "out", 0)
+    build_neighbours({"train": tmp_path / "train"}, config, tmp_path / "out", 0)
     found = Neighbours(tmp_path / "out" / "train")
     assert all(len(found.candidates(i)) for i in range(len(found)))
     memory = Memory(tmp_path / "out" / "memory")
