@@ -75,7 +75,7 @@ class DualEncoder:
     """A trained `DualNetwork` as an encoder of documents. Raises UserError for a folder that holds none."""
 
     picture_size = PICTURE_SIZE
-    is_centered = False
+    is_centered = True
 
     def __init__(self, folder: Path) -> None:
         self._network = load_dual(folder)
