@@ -86,7 +86,7 @@ def check_command(words: list[str]) -> None:
         return
     allowed = {"--help", "--cfg", "job", "--config-dir", "my_conf"}
     parts = {"tokenizer": {"text", "image"}, "flops": {"ls", "show", "count"}, "doctor": {"--json"}, "plan": {"--json"}}
-    parts |= {"train": {"prepare", "-m"}, "retrieval": {"join", "inspect", "100"}}
+    parts |= {"train": {"prepare", "-m"}, "retrieval": {"train-encoder", "join", "inspect", "100"}}
     if verb in ("export", "import"):
         keys = {word.partition("=")[0] for word in settings}
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings
@@ -94,6 +94,9 @@ def check_command(words: list[str]) -> None:
         return
     if verb == "checkpoint":
         assert others[:1] in (["ls"], ["verify"], ["prune"], ["diff"]), others
+        return
+    if verb == "report" and others == ["ablation"]:
+        assert {word.partition("=")[0] for word in settings} <= {"sweep", "baseline"}, settings
         return
     parts["data"] = {*data.STEPS, *data.LOOKS, "json", "50"}
     allowed |= parts.get(verb, set())

@@ -137,9 +137,13 @@ class RetrievalConfig:
     """Retrieved documents in front of the query document (CM3leon sec. 2.1)."""
 
     enabled: bool = knob(True, "Retrieve neighbours and place them before the query document.")
-    encoder: str = knob("hashed", "Encoder of documents for the search: hashed words and picture statistics, or clip (CLIP or SigLIP, extra hf).", choices=("hashed", "clip"))
-    encoder_path: str = knob("", "clip: folder or Hugging Face id of a CLIP or SigLIP model.")
-    dimension: int = knob(256, "hashed: size of a document vector.", minimum=8)
+    encoder: str = knob("hashed", "Encoder of documents for the search: hashed words and picture statistics, dual (a small one, trained on the corpus), or clip (CLIP or SigLIP, extra hf).", choices=("hashed", "dual", "clip"))
+    encoder_path: str = knob("", "clip: folder or Hugging Face id of a CLIP or SigLIP model. dual: folder of a trained one (empty: train it on the corpus).")
+    dimension: int = knob(256, "hashed, dual: size of a document vector.", minimum=8)
+    dual_steps: int = knob(300, "dual: training steps.", minimum=1)
+    dual_batch: int = knob(128, "dual: pairs per step, each of which is told from all the others.", minimum=2)
+    dual_pairs: int = knob(50_000, "dual: most pairs of the training split to train on.", minimum=8)
+    dual_lr: float = knob(2e-3, "dual: peak learning rate (one cycle).", minimum=0.0)
     search: str = knob("nearest", "Which documents are candidates: the nearest, or random ones (what retrieval is compared with).", choices=("nearest", "random"))
     num_candidates: int = knob(4, "Candidates stored per document and kind of query, by its text and by its picture (CM3leon: 2 and 2).", minimum=1)
     num_documents: int = knob(2, "Largest number of retrieved documents in a sequence.", minimum=0)
@@ -379,6 +383,7 @@ class TaskConfig:
     """What `mmtrain evaluate` measures."""
 
     name: str = knob("shapes", "Task.", choices=("shapes", "curves", "loss"))
+    num_documents: int = knob(500, "loss: held-out documents to measure one by one.", minimum=1)
     num_prompts: int = knob(500, "Held-out captions to draw.", minimum=1)
     num_captions: int = knob(500, "Held-out pictures to caption.", minimum=0)
     num_infills: int = knob(500, "Held-out captions with one masked word to fill in.", minimum=0)

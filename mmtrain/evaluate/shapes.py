@@ -24,7 +24,7 @@ class ShapesResult:
     pictures_seen, pictures_unseen: those whose captions have only color-shape combinations of the training split, and
     those with one at least that training never showed.
     captions["all"]: captions with background, colors, count and relations all right.
-    infilled: words that were masked, one in each caption, and written exactly.
+    infilled: words that were masked, one in each caption, and written exactly. facts: what is right in each of `drawn`.
     """
 
     pictures: dict[str, Proportion]
@@ -34,13 +34,23 @@ class ShapesResult:
     captions: dict[str, Proportion]
     infilled: dict[str, Proportion]
     drawn: list[tuple[Document, np.ndarray]] = field(default_factory=list)
+    facts: list[dict[str, bool]] = field(default_factory=list)
     written: list[tuple[Document, str]] = field(default_factory=list)
     filled: list[tuple[MaskedWord, str]] = field(default_factory=list)
 
 
-def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskConfig, seed: int) -> ShapesResult:
+def evaluate_shapes(
+    sampler: Sampler,
+    documents: list[Document],
+    config: TaskConfig,
+    seed: int,
+    by_text: Sequence[list[np.ndarray]] | None = None,
+    by_picture: Sequence[list[np.ndarray]] | None = None,
+) -> ShapesResult:
     """Grade one picture per caption, one caption per picture and one masked word per caption of held-out `documents`.
 
+    by_text, by_picture: token ids of what the caption, and the picture, of each document found, to place before the
+    caption to draw, and before the picture to caption; nothing is placed before a caption with a masked word.
     Raises UserError when the documents have no scenes in their meta: only the shapes corpus has.
     """
     if not documents or "scene" not in documents[0].meta:
@@ -48,7 +58,7 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     to_draw, to_caption = documents[: config.num_prompts], documents[: config.num_captions]
     to_fill = documents[: config.num_infills]
     settings = SamplingSettings(temperature=config.temperature, top_p=config.top_p, guidance=config.guidance)
-    drawn = draw_and_grade(sampler, to_draw, settings, seed)
+    drawn = draw_and_grade(sampler, to_draw, settings, seed, by_text)
 
     size = sampler.image.image_size
     pictures = np.stack([decode_square(document.images[0].data, size) for document in documents])
@@ -56,7 +66,9 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
     written: list[tuple[Document, str]] = []
     if to_caption:
         greedy = SamplingSettings(temperature=0.0, guidance=1.0)
-        captions = sampler.captions(pictures[: len(to_caption)], greedy, seed)
+        captions = sampler.captions(
+            pictures[: len(to_caption)], greedy, seed, retrieved=by_picture and by_picture[: len(to_caption)]
+        )
         written = [(to_caption[s.prompt], s.text) for s in captions]
 
     infilled, filled = measure_infill(sampler, to_fill, pictures[: len(to_fill)], seed)
@@ -72,16 +84,25 @@ def evaluate_shapes(sampler: Sampler, documents: list[Document], config: TaskCon
         captions=shares(stated),
         infilled=infilled,
         drawn=[(document, pixels) for document, pixels, _ in drawn],
+        facts=[facts for _, _, facts in drawn],
         written=written,
         filled=filled,
     )
 
 
 def draw_and_grade(
-    sampler: Sampler, documents: Sequence[Document], settings: SamplingSettings, seed: int
+    sampler: Sampler,
+    documents: Sequence[Document],
+    settings: SamplingSettings,
+    seed: int,
+    retrieved: Sequence[list[np.ndarray]] | None = None,
 ) -> list[tuple[Document, np.ndarray, dict[str, bool]]]:
-    """Draw the caption of each document once; returns it, the picture (S, S, 3) uint8, and which facts are right."""
-    samples = sampler.images([document.texts[0] for document in documents], settings, seed)
+    """Draw the caption of each document once, behind the ids that were retrieved for it.
+
+    Returns the document, the picture (S, S, 3) uint8, and which facts are right.
+    """
+    captions = [document.texts[0] for document in documents]
+    samples = sampler.images(captions, settings, seed, retrieved=retrieved and retrieved[: len(captions)])
     return [(documents[s.prompt], s.pixels, _facts(grade(s.pixels), documents[s.prompt])) for s in samples]
 
 

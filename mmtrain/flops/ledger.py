@@ -18,6 +18,7 @@ BOOKS = (
     *TRAIN_BOOKS,
     "image_tokenizer_train",
     "image_tokenizer_encode",
+    "retrieval_train",
     "retrieval_encode",
     "evaluation",
     "sampling",

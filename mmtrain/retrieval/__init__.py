@@ -6,6 +6,7 @@ It must never return a document as its own neighbour, nor draw from anything but
 """
 
 from mmtrain.retrieval.build import build_neighbours
+from mmtrain.retrieval.encode import CHANNELS, IMAGE, TEXT
 from mmtrain.retrieval.encoders import Encoder, open_encoder
 from mmtrain.retrieval.memory import Memory
 from mmtrain.retrieval.neighbours import Hit, Neighbours
@@ -13,6 +14,9 @@ from mmtrain.retrieval.selection import select, split_parts
 from mmtrain.retrieval.windows import window_document, window_tokens, windows_of
 
 __all__ = [
+    "CHANNELS",
+    "IMAGE",
+    "TEXT",
     "Encoder",
     "Hit",
     "Memory",

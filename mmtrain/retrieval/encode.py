@@ -17,7 +17,7 @@ from mmtrain.retrieval.blocklist import BlockList
 from mmtrain.retrieval.encoders import Encoder
 from mmtrain.retrieval.windows import windows_of
 
-TEXT, IMAGE = 0, 1  # the two channels of a search
+TEXT, IMAGE = CHANNELS = (0, 1)  # of a search: who asks with its text, and with its pictures
 # Means are shrunk as if this many documents with a zero vector were in the memory: the mean of very few documents
 # is those documents, and centering would leave nothing of them.
 MEAN_PRIOR = 8
@@ -101,7 +101,7 @@ def _encode_batch(
     with_picture = [i for i, window in enumerate(windows) if window.images]
     if with_picture:
         image[with_picture] = encoder.encode_pictures(
-            np.stack([_pixels(windows[i], encoder.picture_size) for i in with_picture])
+            np.stack([decoded(windows[i], encoder.picture_size) for i in with_picture])
         )
     owner = np.array([place[0] - first for place in places], np.int64)
     total = np.zeros((len(documents), encoder.dimension), np.float32)
@@ -166,7 +166,8 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") or 1
 
 
-def _pixels(window: Document, size: int) -> np.ndarray:
+def decoded(window: Document, size: int) -> np.ndarray:
+    """The picture of a window, (size, size, 3) uint8. Raises UserError where it is damaged."""
     try:
         return decode_square(window.images[0].data, size)
     except BadImage as error:

@@ -1,6 +1,7 @@
 """Encoders: texts and pictures to unit vectors of one space, behind one interface."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -59,4 +60,8 @@ def open_encoder(config: RetrievalConfig) -> Encoder:
         from mmtrain.retrieval.clip import ClipEncoder
 
         return ClipEncoder(config.encoder_path, "cuda" if torch.cuda.is_available() else "cpu")
+    if config.encoder == "dual":
+        from mmtrain.retrieval.dual import DualEncoder
+
+        return DualEncoder(Path(config.encoder_path))
     return HashedEncoder(config.dimension)

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,12 @@ def encode_text(text: str, dimension: int) -> np.ndarray:
 
 
 def encode_picture(pixels: np.ndarray, dimension: int) -> np.ndarray:
-    """Colors and edge directions of 8 x 8 cells and a color histogram, projected: (dimension,) float32, unit norm.
+    """The features of a picture, projected: (dimension,) float32 of unit norm. pixels: (64, 64, 3) uint8."""
+    return unit(picture_features(pixels) @ _picture_projection(dimension))
+
+
+def picture_features(pixels: np.ndarray) -> np.ndarray:
+    """Colors and edge directions of 8 x 8 cells and a color histogram: (PICTURE_FEATURES,) float32, three unit parts.
 
     pixels: (64, 64, 3) uint8.
     """
@@ -63,8 +69,16 @@ def encode_picture(pixels: np.ndarray, dimension: int) -> np.ndarray:
     histogram = np.bincount(levels.ravel(), minlength=COLOR_LEVELS**3)
     # Square roots: a flat background fills most of a histogram and must not be all that counts.
     parts = (colors.ravel(), np.sqrt(edges), np.sqrt(histogram))
-    features = np.concatenate([unit(part.astype(np.float32)) for part in parts])
-    return unit(features @ _picture_projection(dimension))
+    return np.concatenate([unit(part.astype(np.float32)) for part in parts])
+
+
+def text_features(text: str) -> np.ndarray:
+    """Buckets of the words of a text, of their letter trigrams and of each two words in a row: (n,) int64."""
+    words = WORD.findall(text.casefold())
+    found = [_bucket(word) for word in words]
+    found += [_bucket(trigram) for word in words for trigram in _trigrams(word)]
+    found += [_bucket(f"{first} {second}") for first, second in pairwise(words)]
+    return np.array(found, np.int64)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -75,10 +89,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=20_000)
 def _word_vector(word: str, dimension: int) -> np.ndarray:
-    padded = f" {word} "
-    trigrams = [_bucket(padded[i : i + 3]) for i in range(len(padded) - 2)]
+    trigrams = [_bucket(trigram) for trigram in _trigrams(word)]
     signs = _text_projection(dimension)
     return signs[_bucket(word)] + TRIGRAM_WEIGHT * signs[trigrams].sum(axis=0, dtype=np.float32)
+
+
+def _trigrams(word: str) -> list[str]:
+    padded = f" {word} "
+    return [padded[i : i + 3] for i in range(len(padded) - 2)]
 
 
 def _bucket(feature: str) -> int:

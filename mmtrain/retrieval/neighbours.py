@@ -1,11 +1,13 @@
 """Read the neighbours artifact: the candidates of each document of a split, and why others are none."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mmtrain.retrieval.build import MEMORY, NEIGHBOURS
+from mmtrain.retrieval.encode import CHANNELS
 from mmtrain.retrieval.filters import REASONS
 from mmtrain.retrieval.memory import FACTS, load_rows, read_facts
 
@@ -19,10 +21,14 @@ class Hit(NamedTuple):
 
 
 class Neighbours:
-    """Stored candidates of the documents of a split. Raises UserError at opening if the folder is not whole."""
+    """Stored candidates of the documents of a split.
 
-    def __init__(self, folder: Path) -> None:
-        folder = Path(folder)
+    channels: the queries whose candidates count, by text (0), by image (1). Raises UserError at opening if the folder
+    is not whole.
+    """
+
+    def __init__(self, folder: Path, channels: Sequence[int] = CHANNELS) -> None:
+        folder, self._channels = Path(folder), list(channels)
         self.facts = read_facts(folder / NEIGHBOURS)
         rows = self.facts["queries"]["documents"]
         self._numbers = load_rows(folder, "numbers.npy", rows)
@@ -59,8 +65,10 @@ class Neighbours:
         return document, window, count
 
     def _candidates(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers, scores = self._numbers[i].ravel(), self._scores[i].ravel()
-        usable = np.flatnonzero((numbers >= 0) & (self._reasons[i].ravel() == 0))
+        numbers, scores, reasons = (
+            column[i][self._channels].ravel() for column in (self._numbers, self._scores, self._reasons)
+        )
+        usable = np.flatnonzero((numbers >= 0) & (reasons == 0))
         order = usable[np.lexsort((numbers[usable], -scores[usable]))]
         _, first = np.unique(numbers[order], return_index=True)
         order = order[np.sort(first)]

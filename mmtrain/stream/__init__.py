@@ -5,10 +5,10 @@ It must never let a batch depend on anything but seed and step: not on the numbe
 asked before, on prefetching, or on the clock.
 """
 
-from mmtrain.stream.batch import CACHE, COLUMNS, Batch, BatchCounts
+from mmtrain.stream.batch import CACHE, COLUMNS, Batch, BatchCounts, collate
 from mmtrain.stream.order import Order, permute
 from mmtrain.stream.prefetch import Batches, prefetch
-from mmtrain.stream.source import Source
+from mmtrain.stream.source import Recipe, Source
 from mmtrain.stream.stream import Stream, merge_states
 
 __all__ = [
@@ -18,8 +18,10 @@ __all__ = [
     "BatchCounts",
     "Batches",
     "Order",
+    "Recipe",
     "Source",
     "Stream",
+    "collate",
     "merge_states",
     "permute",
     "prefetch",

@@ -22,6 +22,7 @@ LEDGER_LABELS = {
     "train_special": "training: special tokens",
     "image_tokenizer_train": "training the image tokenizer",
     "image_tokenizer_encode": "encoding pictures as tokens",
+    "retrieval_train": "training the retrieval encoder",
     "retrieval_encode": "encoding documents for retrieval",
     "evaluation": "validation and evaluation",
     "sampling": "sampling",

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +46,8 @@ class Artifacts:
     neighbours: dict[str, Path]
     inlined: dict[str, Path] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
+    encoder: Path | None = None
+    """Of retrieval, where it was trained on the corpus."""
 
     @property
     def main(self) -> str:
@@ -58,7 +59,7 @@ class Artifacts:
         plain = {
             f.name: {name: os.path.relpath(path, run_dir) for name, path in value.items()}
             if isinstance(value := getattr(self, f.name), dict)
-            else os.path.relpath(value, run_dir)
+            else value and os.path.relpath(value, run_dir)
             for f in fields(self)
         }
         write_text_atomic(run_dir / "artifacts.json", json.dumps(plain, indent=1))
@@ -93,32 +94,19 @@ class Artifacts:
             by_source("neighbours"),
             by_source("inlined"),
             by_source("pictures"),
+            folder("encoder", content["encoder"]) if content.get("encoder") else None,
         )
 
     def flops_by_folder(self) -> dict[str, dict[str, int]]:
         """What each of these artifacts cost, by its name and by book of the ledger."""
-        values = [getattr(self, f.name) for f in fields(self)]
-        folders = [folder for value in values for folder in (value.values() if isinstance(value, dict) else [value])]
+        trained = {"image_tokenizer_train": self.image_tokenizer, "retrieval_train": self.encoder}
         found = {}
-        for folder in dict.fromkeys(folder.resolve() for folder in folders):
-            costs = folder / "flops.json"
-            books = json.loads(costs.read_text()) if costs.is_file() else {}
-            metrics = folder / "metrics.json"
-            if folder == self.image_tokenizer.resolve() and metrics.is_file():
-                books = {"image_tokenizer_train": int(json.loads(metrics.read_text())["flops"])}
-            if books:
-                found[f"{folder.parent.name}/{folder.name}"] = books
-        return found
-
-    def flops(self) -> dict[str, int]:
-        """What these artifacts cost, by book of the ledger."""
-        books: Counter[str] = Counter()
-        metrics = self.image_tokenizer / "metrics.json"
-        if metrics.is_file():
-            books["image_tokenizer_train"] = int(json.loads(metrics.read_text())["flops"])
+        for book, folder in trained.items():
+            if folder and (folder / "metrics.json").is_file():
+                found[folder] = {book: int(json.loads((folder / "metrics.json").read_text())["flops"])}
         for folder in (*self.tokens.values(), *self.neighbours.values(), *self.pictures.values()):
-            books.update(json.loads((folder / "flops.json").read_text()))
-        return dict(books)
+            found[folder] = json.loads((folder / "flops.json").read_text())
+        return {f"{folder.parent.name}/{folder.name}": books for folder, books in found.items() if books}
 
     def left_out(self) -> dict[str, int]:
         """What the corpora held and their documents do not: data/SOURCE/left_out/REASON -> how many."""

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mmtrain.config.weights import open_weights
 from mmtrain.flops import Journal, Ledger, base_model
 from mmtrain.models import check_attention, num_positions
 from mmtrain.models.weights import load_weights, verify_weights
-from mmtrain.retrieval import Neighbours
+from mmtrain.retrieval import CHANNELS, Neighbours
 from mmtrain.shards import TokenShards, open_store
 from mmtrain.stream import Source, Stream
 from mmtrain.tokens import Vocabulary
@@ -219,7 +219,18 @@ def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, sp
     That of validation has the largest share that each source ever gets, and packs without looking ahead: its few
     batches should hold the documents once, in order, and not those that fit best.
     """
-    is_training = split == "train"
+    retrieval = config.retrieval if config.retrieval.enabled else None
+    stream = config.stream if split == "train" else replace(config.stream, lookahead=1)
+    sources = open_sources(config, artifacts, split)
+    with_origin = config.model.is_diffusion
+    return Stream(sources, vocabulary, stream, config.objective, retrieval, config.seed, with_origin=with_origin)
+
+
+def open_sources(config: Config, artifacts: Artifacts, split: str, channels: Sequence[int] = CHANNELS) -> list[Source]:
+    """The sources of a split; channels: queries whose candidates count, as of `Neighbours`.
+
+    Inlined shards have those of both, so that they serve no other choice.
+    """
 
     def tokens(folder: Path) -> TokenShards:
         return TokenShards(folder, open_store(folder, config.store))
@@ -227,19 +238,15 @@ def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, sp
     sources = []
     for name, folder in artifacts.tokens.items():
         neighbours = memory = inlined = None
-        if name in artifacts.inlined:
+        if name in artifacts.inlined and len(channels) == len(CHANNELS):
             inlined = tokens(artifacts.inlined[name] / split)
         elif name in artifacts.neighbours:
-            neighbours, memory = Neighbours(artifacts.neighbours[name] / split), tokens(folder / "train")
+            neighbours, memory = Neighbours(artifacts.neighbours[name] / split, channels), tokens(folder / "train")
         share = config.mix.get(name, 1.0)
         shares = {int(step): float(x) for step, x in (share if isinstance(share, dict) else {0: share}).items()}
-        weight = shares if is_training else max(shares.values())
+        weight = shares if split == "train" else max(shares.values())
         sources.append(Source(name, tokens(folder / split), weight, neighbours, memory, inlined))
-    retrieval = config.retrieval if config.retrieval.enabled else None
-    stream = config.stream if is_training else replace(config.stream, lookahead=1)
-    return Stream(
-        sources, vocabulary, stream, config.objective, retrieval, config.seed, with_origin=config.model.is_diffusion
-    )
+    return sources
 
 
 def first_run_id(folder: Path) -> str:

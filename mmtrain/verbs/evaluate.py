@@ -6,19 +6,22 @@ import os
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import encode_png
-from mmtrain.evaluate import Curve, Proportion, draw_curves, evaluate_shapes, measure_curve
-from mmtrain.flops import BACKWARD_AND_FORWARD
+from mmtrain.evaluate import Curve, Proportion, draw_curves, evaluate_shapes, measure_curve, measure_documents
+from mmtrain.flops import BACKWARD_AND_FORWARD, forward_flops
 from mmtrain.generate import SamplingSettings
+from mmtrain.retrieval import CHANNELS, IMAGE, TEXT
+from mmtrain.stream import Recipe
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import closing_box
 from mmtrain.train.learner import open_learner
-from mmtrain.train.worker import open_stream
+from mmtrain.train.worker import open_sources, open_stream
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.samples import picture_grid
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
@@ -38,7 +41,8 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
     task = run.config.task
     documents = run.held_out(max(task.num_prompts, task.num_captions, task.num_infills))
     with show_progress(run.sampler, "sampling"):
-        result = evaluate_shapes(run.sampler, documents, task, run.config.seed)
+        found = [retrieved_by(run, channel, len(documents)) for channel in (TEXT, IMAGE)]
+        result = evaluate_shapes(run.sampler, documents, task, run.config.seed, *found)
     tables = {
         "pictures": result.pictures,
         "pictures with seen combinations": result.pictures_seen,
@@ -66,6 +70,7 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         "task": asdict(task),
         "checkpoint": run.checkpoint.path.name,
         "results": plain,
+        "right": [dict(facts) for facts in result.facts],
         "captions": [{"truth": document.texts[0], "written": text} for document, text in result.written],
         "infilled": [{"masked": word.caption, "truth": word.word, "written": text} for word, text in result.filled],
     }
@@ -114,7 +119,7 @@ def book_evaluation(run: TrainedRun) -> None:
 
 
 def evaluate_run_on_loss(run: TrainedRun) -> int:
-    """Cross entropy by modality on the run's validation batches, measured from the checkpoint."""
+    """Cross entropy by modality on the run's validation batches, and of held-out documents one by one."""
     config = run.config
     stream = open_stream(config, run.artifacts, run.vocabulary, "validation")
     model = run.sampler.model
@@ -139,11 +144,62 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
             table.add_row(name, f"{loss / count:.4f}", f"{loss / count / math.log(2):.4f}", f"{count:,.0f}")
             record[name] = loss / count
     Console().print(table)
+    record["documents"], spent = measure_queries(run)
+    flops += spent
     path = run.folder / "evaluation-loss.json"
     write_text_atomic(path, json.dumps(record, indent=1))
     run.book("evaluation", flops, "evaluate")
     closing_box("evaluated", {"numbers": os.path.relpath(path)})
     return 0
+
+
+def retrieved_by(run: TrainedRun, channel: int, limit: int) -> list[list[np.ndarray]] | None:
+    """Token ids of what the text, or the pictures, of held-out documents found; drawn as in training, none dropped."""
+    config = run.config
+    if not config.generate.retrieve or run.artifacts.main not in run.artifacts.neighbours:
+        return None
+    source = open_sources(config, run.artifacts, "validation", [channel])[0]
+    retrieval = replace(config.retrieval, dropout=0.0)
+    return [
+        source.retrieved(i, (config.seed, source.name, 0, i), retrieval) for i in range(min(limit, len(source.tokens)))
+    ]
+
+
+def measure_queries(run: TrainedRun) -> tuple[dict[str, Any], int]:
+    """What evaluation-loss.json says of single documents of the main source, and the FLOPs that it took.
+
+    With retrieval three times: behind candidates of both queries, as in training; behind those that the text found,
+    which know nothing of the picture to predict; and behind those that the picture found.
+    """
+    config, main = run.config, run.artifacts.main
+    retrieval = config.retrieval if config.retrieval.enabled else None
+    recipe = Recipe(config.objective, retrieval, config.stream.sequence_length, config.seed)
+    ways = (
+        {"both": CHANNELS, "text": (TEXT,), "image": (IMAGE,)}
+        if main in run.artifacts.neighbours
+        else {"both": CHANNELS}
+    )
+    table = Table(
+        "retrieved by", "tokens of them", *MODALITIES, title="held-out documents alone, nothing masked (nats per token)"
+    )
+    record: dict[str, Any] = {"source": main}
+    lengths: list[int] = []
+    for way, channels in ways.items():
+        source = open_sources(config, run.artifacts, "validation", channels)[0]
+        count = min(config.task.num_documents, len(source.tokens))
+        with Bar("measuring documents", count) as advance:
+            found = measure_documents(run.sampler.model, source, recipe, count, advance)
+        means = [found.mean(modality) for modality in MODALITIES]
+        table.add_row(way, f"{found.retrieved.mean():.0f}", *("" if mean is None else f"{mean:.4f}" for mean in means))
+        record["ids"] = found.ids
+        record[way] = {
+            "nats": found.nats.tolist(),
+            "targets": found.targets.tolist(),
+            "retrieved": found.retrieved.tolist(),
+        }
+        lengths += found.lengths
+    Console().print(table)
+    return record, forward_flops(config.model, run.vocabulary.size, lengths)
 
 
 def _table(title: str, shares: dict[str, Proportion]) -> Table:

@@ -92,6 +92,7 @@ Use one that you have
 """,
     "retrieval": """\
 mmtrain retrieval [settings]
+mmtrain retrieval train-encoder [settings]
 mmtrain retrieval join [settings]
 mmtrain retrieval inspect [HOW_MANY] [FILE.html] [settings]
 
@@ -103,6 +104,8 @@ to another candidate, and what is in an evaluation set of retrieval.block. Train
 places them in front of the document (retrieval.policy, num_documents, dropout, order, max_tokens; all decided when a
 document is read, as a pure function of the seed). Prints what was left out, and why, and a few neighbours to look at.
 
+train-encoder  trains the small encoder of retrieval=dual on the captions and pictures of the training split, and says
+       how often it finds the picture of a held-out caption; retrieval=dual does so by itself where it is missing.
 join   writes the tokens of the candidates beside each document (inlined shards), for training that streams from an
        object store; with retrieval.inlined=true, or corpus.retrieved=URL beside corpus.tokens=URL, the batches are
        the same as by look-up.
@@ -114,6 +117,7 @@ The work is done in partitions; stopped or killed, the same command goes on.
 Example
   mmtrain retrieval corpus=stamps retrieval.num_candidates=16 retrieval.max_score=0.95
   mmtrain retrieval corpus=stamps retrieval=cm3leon          three documents of 2 by text and 2 by picture
+  mmtrain retrieval train-encoder corpus=stamps
   mmtrain retrieval join corpus=stamps
   mmtrain retrieval inspect 100 corpus=stamps
 """,
@@ -174,7 +178,8 @@ mmtrain evaluate [task=shapes|curves|loss] [settings]
 
 Measures a run on held-out data, prints the numbers (shares with 95 % confidence intervals) and keeps them in
 RUN/evaluation-TASK.json. The run is chosen as with `mmtrain generate`.
-  task=loss    validation loss by modality; for every corpus
+  task=loss    validation loss by modality, and losses of held-out documents one by one with nothing masked, of which
+               retrieved tokens do not count; for every corpus
   task=shapes  draws held-out captions and grades the pictures pixel by pixel; captions held-out pictures; fills in
                one masked word of each caption
   task=curves  draws with several guidance weights and with CD-K; writes the curves as RUN/curves.svg
@@ -234,13 +239,19 @@ Example: your own GPUs, with 40 GiB, 4 in a node, behind 200 Gbit/s, at a price
 """,
     "report": """\
 mmtrain report [run=FOLDER]
+mmtrain report ablation sweep=FOLDER [baseline=ARM]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
 published models, and the commands that reproduce it. The run is chosen as with `mmtrain generate`.
 
+ablation  compares the arms of a sweep that was measured with task=loss (and shapes): losses of held-out documents by
+          modality, attribute accuracy, means over seeds and paired differences from the baseline (default: the first
+          case) with 95 % intervals, by a bootstrap over seeds and documents; FOLDER/ablation.json and ablation.png.
+
 Example
   mmtrain report run=runs/quickstart
+  mmtrain report ablation sweep=runs/ablate_retrieval baseline=none
 """,
     "checkpoint": """\
 mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]

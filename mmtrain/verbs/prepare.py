@@ -22,6 +22,7 @@ from mmtrain.config import Config, RetrievalConfig, UserError, build_artifact, f
 from mmtrain.documents import Account, Document, decode_square, judge
 from mmtrain.retrieval import build_neighbours, open_encoder
 from mmtrain.retrieval.build import NEIGHBOURS
+from mmtrain.retrieval.dual_training import METRICS, RANKS, train_dual
 from mmtrain.shards import DocumentShards, Manifest, join_location, mirror, open_store
 from mmtrain.shards.manifest import MANIFEST, VOCABULARY
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, train_image_tokenizer
@@ -37,6 +38,7 @@ HELD_OUT_PICTURES = 256
 FORMAT = 3  # raise when the same config gives other bytes
 MIX = "mix"  # the folder under data_dir of the tokenizers that several sources share
 AT_LOAD_TIME = ("enabled", "num_documents", "policy", "dropout", "order", "max_tokens", "inlined", "block")
+OF_DUAL = ("dimension", "dual_steps", "dual_batch", "dual_pairs", "dual_lr")
 NOT_IN_BYTES = ("max_bad_fraction", "retrieved")  # settings of a corpus that change nothing that is written
 
 
@@ -46,10 +48,11 @@ def prepare(config: Config) -> Artifacts:
     text = prepare_text_tokenizer(config, documents)
     image = prepare_image_tokenizer(config, documents)
     tokens = prepare_tokens(config, documents, text, image)
-    neighbours = prepare_neighbours(config, documents)
+    encoder = prepare_encoder(config, documents)
+    neighbours = prepare_neighbours(config, documents, encoder)
     inlined = prepare_inlined(config, tokens, neighbours)
     pictures = prepare_pictures(config, documents, tokens, image)
-    return Artifacts(documents, text, image, tokens, neighbours, inlined, pictures)
+    return Artifacts(documents, text, image, tokens, neighbours, inlined, pictures, encoder)
 
 
 def prepare_documents(config: Config) -> dict[str, Path]:
@@ -172,8 +175,46 @@ def _ready_tokens(config: Config, name: str, location: str, fingerprints: tuple[
     return _timed(f"token shards of {name}", _folder(config, name, "tokens", fingerprint(FORMAT, location)), build)
 
 
-def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, Path]:
-    """Neighbours of both splits of each source among the training documents of its source; {} without retrieval."""
+def prepare_encoder(config: Config, documents: dict[str, Path]) -> Path | None:
+    """Folder of the dual encoder, trained on the training pairs; None where the run needs none of its own."""
+    retrieval = config.retrieval
+    if not (retrieval.enabled and documents and retrieval.encoder == "dual" and not retrieval.encoder_path):
+        return None
+    settings = {key: value for key, value in asdict(retrieval).items() if key in OF_DUAL}
+    key = fingerprint(FORMAT, settings, config.seed, _names(documents))
+    final = _folder(config, _corpus_name(documents), "encoder", key)
+
+    def build(folder: Path) -> None:
+        with Bar("training the dual encoder", retrieval.dual_steps) as advance:
+            train_dual(
+                _in_turns(documents, "train"),
+                _in_turns(documents, "validation"),
+                retrieval,
+                folder,
+                config.seed,
+                lambda step, row: advance(step, note=_short(row)),
+            )
+
+    _timed("dual encoder", final, build)
+    print(f"  {encoder_accuracy(final)}", flush=True)
+    return final
+
+
+def encoder_accuracy(folder: Path) -> str:
+    """How often a dual encoder finds the picture of a held-out caption."""
+    m = json.loads((folder / METRICS).read_text())
+    n, shares = m["held_out"], [f"{100 * m[f'r@{rank}']:.1f} % at {rank}" for rank in RANKS]
+    return (
+        f"held-out captions find their picture among {n:,}: {', '.join(shares)} "
+        f"(by chance {', '.join(f'{100 * rank / n:.1f} %' for rank in RANKS)})"
+    )
+
+
+def prepare_neighbours(config: Config, documents: dict[str, Path], trained: Path | None = None) -> dict[str, Path]:
+    """Neighbours of both splits of each source among the training documents of its source; {} without retrieval.
+
+    trained: folder of the encoder that `prepare_encoder` trained.
+    """
     if not config.retrieval.enabled or not documents:
         return {}
     block = [Path(folder) for folder in config.retrieval.block]
@@ -181,6 +222,8 @@ def prepare_neighbours(config: Config, documents: dict[str, Path]) -> dict[str, 
     # What is decided at load time does not change the artifact, nor do the names of folders.
     default = RetrievalConfig()
     retrieval = replace(config.retrieval, **{name: getattr(default, name) for name in AT_LOAD_TIME})
+    if trained:
+        retrieval = replace(retrieval, encoder_path=str(trained))
     encoder = open_encoder(retrieval).fingerprint
     folders = {}
     for name, folder in documents.items():

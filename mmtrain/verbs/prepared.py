@@ -45,7 +45,11 @@ def open_corpus(config: Config, with_neighbours: bool = False) -> PreparedCorpus
     text = prepare.prepare_text_tokenizer(config, documents)
     image = prepare.prepare_image_tokenizer(config, documents)
     tokens = prepare.prepare_tokens(config, documents, text, image)
-    neighbours = prepare.prepare_neighbours(config, documents) if with_neighbours else {}
+    neighbours = (
+        prepare.prepare_neighbours(config, documents, prepare.prepare_encoder(config, documents))
+        if with_neighbours
+        else {}
+    )
 
     def by_split(folders: dict[str, Path]) -> dict[str, Path]:
         return {

@@ -29,8 +29,13 @@ def main(argv: list[str]) -> int:
         return _join(argv[1:])
     if argv[:1] == ["inspect"]:
         return _inspect(argv[1:])
+    if argv[:1] == ["train-encoder"]:
+        return _train_encoder(argv[1:])
     if argv[:1] and "=" not in argv[0] and not argv[0].startswith("-"):
-        raise UserError(f"mmtrain retrieval has no {argv[0]!r}; it has join and inspect, or settings alone (KEY=VALUE)")
+        raise UserError(
+            f"mmtrain retrieval has no {argv[0]!r}; it has train-encoder, join and inspect, or settings "
+            "alone (KEY=VALUE)"
+        )
     documents, folders = _prepared(compose(argv))
     places = {}
     for name, folder in folders.items():
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _prepared(config: Config) -> tuple[dict[str, Path], dict[str, Path]]:
     """Documents and neighbours of each source. Raises UserError where there are no neighbours."""
     documents = prepare.prepare_documents(config)
-    folders = prepare.prepare_neighbours(config, documents)
+    folders = prepare.prepare_neighbours(config, documents, prepare.prepare_encoder(config, documents))
     if not folders:
         raise UserError(
             "there are no neighbours: retrieval.enabled=false (use retrieval=hashed), or all sources came tokenized"
@@ -96,6 +101,23 @@ def _inspect(argv: list[str]) -> int:
         }
         places[f"neighbours of {name}"] = os.path.relpath(write_inspect(path, f"Neighbors of {name}", rows, facts))
     closing_box("inspect", places)
+    return 0
+
+
+def _train_encoder(argv: list[str]) -> int:
+    config = compose(argv)
+    dual = replace(config.retrieval, enabled=True, encoder="dual", encoder_path="")
+    documents = prepare.prepare_documents(config)
+    folder = prepare.prepare_encoder(replace(config, retrieval=dual), documents)
+    if folder is None:
+        raise UserError("there is nothing to train an encoder on: every source came as ready tokens")
+    places = {
+        "encoder": os.path.relpath(folder),
+        "accuracy": prepare.encoder_accuracy(folder),
+        "search with it": "retrieval=dual, which finds it again",
+        "with another corpus": f"retrieval=dual retrieval.encoder_path={os.path.relpath(folder)}",
+    }
+    closing_box("encoder", places)
     return 0
 
 

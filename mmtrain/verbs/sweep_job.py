@@ -156,6 +156,8 @@ def start(job: Job, entry: Entry, tasks: list[str], environment: Mapping[str, st
         os.close(workers)
     commands = [["train", *job.overrides]]
     for task in tasks:
+        if task == "shapes" and job.config.corpus.kind != "shapes":
+            continue  # a sweep over corpora: the others have no ground truth
         if not is_measured(entry.folder, task):
             # Without task= the section of the run counts, with what the sweep set in it.
             words = [] if job.config.task.name == task else [f"task={task}"]

@@ -13,11 +13,13 @@ from PIL import Image
 
 from mmtrain import cli
 from mmtrain.config.compose import load_frozen
+from mmtrain.shards import TokenShards
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import read_metrics
 from mmtrain.train.checkpoint import newest, sealed
 from mmtrain.train.plan import make_plan
 from mmtrain.verbs.generate import shown
+from mmtrain.verbs.trained import open_trained
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
 
 pytestmark = pytest.mark.slow
@@ -149,6 +151,14 @@ def test_evaluate_loss_agrees_with_the_validation_of_the_training(here: Smoke) -
     found = json.loads((here.run / "evaluation-loss.json").read_text())
     row = read_metrics(here.run / "metrics.jsonl")[-1]
     assert all(abs(found[name] - row[f"val_loss_{name}"]) < 0.01 for name in MODALITIES)
+    documents, run = found["documents"], open_trained(["run=runs/smoke"])
+    tokens = TokenShards(run.artifacts.tokens[run.artifacts.main] / "validation")
+    kinds = [run.vocabulary.modality(tokens.tokens(i).astype(np.int64)) for i in range(len(tokens))]
+    assert documents["ids"] == [tokens.id(i) for i in range(len(tokens))]
+    for way in ("both", "text", "image"):
+        # All text and image tokens of the document, and none of what stands before it.
+        assert [row[1:] for row in documents[way]["targets"]] == [[int((k == m).sum()) for m in (1, 2)] for k in kinds]
+        assert sum(documents[way]["retrieved"]) > 0
 
 
 def test_evaluate_shapes_grades_every_picture_and_caption(here: Smoke) -> None:
