@@ -13,13 +13,13 @@ from tests.diffusion.conftest import CELLS, Corpus, diffusion_config
 from tests.train import small_run
 
 
-def run(corpus: Corpus, folder: Path, config: Config) -> list[dict[str, float]]:
+def run(corpus: Corpus, folder: Path, config: Config, accumulation: int = 1) -> list[dict[str, float]]:
     """The log rows of what a run in `folder`, new or continued, still has to do."""
     learner = corpus.learner(config)
     network = learner.new_model()
     network.initialize(config.seed)
     held_out = corpus.stream(config, split="validation").prepare(0)
-    return small_run.train(config, folder, network, 1, learner, corpus.stream(config), held_out)
+    return small_run.train(config, folder, network, accumulation, learner, corpus.stream(config), held_out)
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "ddpm"])
@@ -107,6 +107,12 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus: Corpus, tmp_pat
     assert [row["loss"] for row in parts] == [row["loss"] for row in straight]
     weights = [load_parameters(latest_checkpoint(tmp_path / name / "checkpoints")[0]) for name in ("straight", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_micro_batches_change_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    whole, cut = (run(corpus, tmp_path / f"{n}", diffusion_config(3), n) for n in (1, 4))
+    assert [row["loss"] for row in cut] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
+    assert [row["flops_total"] for row in cut] == [row["flops_total"] for row in whole]
 
 
 def test_flops_are_shared_between_pictures_and_captions(corpus: Corpus) -> None:
