@@ -24,7 +24,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def loss_curves(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+def loss_curves(rows: Sequence[Mapping[str, Any]], unit: str = "nats per token") -> bytes | None:
     """PNG with four panels: loss, loss by modality, gradient norm and learning rate, speed; None without losses.
 
     rows: of `read_metrics`. Dots with a line are validation. The x axis is tokens where rows have them.
@@ -56,11 +56,11 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     losses, modalities, optimizer, speed = panels.flat
     curve(losses, "loss", TOTAL, "training")
     points(losses, "val_loss", "#b3262e", "validation")
-    losses.set_title("Loss (nats per token)")
+    losses.set_title(f"Loss ({unit})")
     for name, color in (("text", TEXT), ("image", IMAGE)):
         curve(modalities, f"loss_{name}", color, name)
         points(modalities, f"val_loss_{name}", color, f"{name}, validation")
-    modalities.set_title("Loss by modality (nats per token)")
+    modalities.set_title(f"Loss by modality ({unit})")
     curve(optimizer, "grad_norm", SPECIAL, "gradient norm")
     optimizer.set_title("Gradient norm, learning rate")
     rate = optimizer.twinx()

@@ -48,6 +48,7 @@ class ReportData:
     generated: list[tuple[str, bytes | None, list[bytes]]] = field(default_factory=list)  # caption, truth, samples
     captions: list[tuple[bytes, str, str]] = field(default_factory=list)  # picture, true and generated caption
     evaluation: dict[str, Any] | None = None
+    loss_unit: str = "nats per token"
     ledger: dict[str, Any] = field(default_factory=dict)  # contents of ledger.json
     goodput: Goodput | None = None
     comparison: bytes | None = None  # picture of comparison_figure
@@ -96,7 +97,7 @@ def _data(data: ReportData) -> str:
 
 
 def _curves(data: ReportData) -> str:
-    figure = loss_curves(data.metrics)
+    figure = loss_curves(data.metrics, data.loss_unit)
     if figure is None:
         return ""
     return plot(figure, "Loss curves") + _last_losses(data.metrics)

@@ -119,7 +119,7 @@ def book_evaluation(run: TrainedRun) -> None:
 
 
 def evaluate_run_on_loss(run: TrainedRun) -> int:
-    """Cross entropy by modality on the run's validation batches, and of held-out documents one by one."""
+    """Cross entropy by modality, or squared error, on the validation batches, and of held-out documents one by one."""
     config = run.config
     stream = open_stream(config, run.artifacts, run.vocabulary, "validation")
     model = run.sampler.model
@@ -135,17 +135,19 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
             tokens += sum(counts.tokens.values())
             flops += learner.flops(work, counts.tokens, counts.rows)[0].model_causal // BACKWARD_AND_FORWARD
             advance(step + 1)
-    table = Table(
-        "tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}"
-    )
+    is_diffusion, title = config.model.is_diffusion, f"{run.folder.name}, {run.checkpoint.path.name}"
+    columns = ("squared error", "cells") if is_diffusion else ("nats per token", "bits per token", "targets")
+    table = Table("tokens", *columns, title=title)
     record: dict[str, Any] = {"checkpoint": run.checkpoint.path.name, "batches": batches, "tokens": tokens}
     for name, (loss, count) in zip(("all", *MODALITIES), (sums.sum(0).tolist(), *sums.tolist()), strict=True):
         if count:
-            table.add_row(name, f"{loss / count:.4f}", f"{loss / count / math.log(2):.4f}", f"{count:,.0f}")
+            bits = [] if is_diffusion else [f"{loss / count / math.log(2):.4f}"]
+            table.add_row(name, f"{loss / count:.4f}", *bits, f"{count:,.0f}")
             record[name] = loss / count
     Console().print(table)
-    record["documents"], spent = measure_queries(run)
-    flops += spent
+    if not is_diffusion:
+        record["documents"], spent = measure_queries(run)
+        flops += spent
     path = run.folder / "evaluation-loss.json"
     write_text_atomic(path, json.dumps(record, indent=1))
     run.book("evaluation", flops, "evaluate")

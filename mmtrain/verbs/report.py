@@ -21,6 +21,7 @@ from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 NUM_DOCUMENTS = 8
 NUM_SAMPLES = 3
 NUM_NEIGHBOURS = 3
+SQUARED_ERROR = "mean squared error of normalized latents"
 
 
 def main(argv: list[str]) -> int:
@@ -56,6 +57,7 @@ def collect(run: TrainedRun) -> ReportData:
         generated=generated,
         captions=captions,
         evaluation=evaluation(run),
+        loss_unit=SQUARED_ERROR if run.config.model.is_diffusion else "nats per token",
         ledger=ledger,
         goodput=goodput(run.folder),
         comparison=comparison,
@@ -75,9 +77,10 @@ def sample(run: TrainedRun, documents: list[Document]) -> tuple[list[Any], list[
     with show_progress(run.sampler, "sampling"):
         settings = SamplingSettings(g.temperature, g.top_p, g.guidance)
         drawn = run.sampler.images(texts, settings, g.seed, NUM_SAMPLES, run.retrieved(texts))
+        to_caption = pictures[:0] if run.config.model.is_diffusion else pictures  # it cannot write
         greedy = SamplingSettings(temperature=0.0)
-        retrieved = run.retrieved([None] * len(pictures), list(pictures))
-        written = run.sampler.captions(pictures, greedy, g.seed, 1, g.max_text_tokens, retrieved)
+        retrieved = run.retrieved([None] * len(to_caption), list(to_caption))
+        written = run.sampler.captions(to_caption, greedy, g.seed, 1, g.max_text_tokens, retrieved)
     truths = [encode_png(picture) for picture in pictures]
     generated = [
         (words, truths[i], [encode_png(s.pixels) for s in drawn if s.prompt == i]) for i, words in enumerate(texts)
@@ -109,10 +112,11 @@ def corpus_facts(run: TrainedRun) -> list[tuple[str, Any]]:
         rows.append(("corpus", name))
         rows += [(split, describe(run.artifacts.tokens[name] / split)) for split in ("train", "validation")]
         rows += [(f"left out: {reason}", count) for reason, count in left_out(documents).items()]
-    objective = run.config.objective
-    rows.append(
-        ("objective", f"{objective.kind}, whole segments masked with p = {objective.whole_segment_probability}")
-    )
+    objective, diffusion = run.config.objective, run.config.diffusion
+    said = f"{objective.kind}, whole segments masked with p = {objective.whole_segment_probability}"
+    if run.config.model.is_diffusion:
+        said = f"{diffusion.objective}, captions left out with p = {diffusion.caption_dropout}"
+    rows.append(("objective", said))
     if run.config.retrieval.enabled:
         r = run.config.retrieval
         rows.append(("retrieval", f"up to {r.num_documents} documents ({r.policy}), encoder {r.encoder}"))

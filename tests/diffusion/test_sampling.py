@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.config import DiffusionConfig, ImageTokenizerConfig, ModelConfig, UserError
+from mmtrain.config import DiffusionConfig, ImageTokenizerConfig, ModelConfig, TextTokenizerConfig, UserError
 from mmtrain.diffusion import DiffusionTransformer, build_diffusion, forward_flops, sample_latents
 from mmtrain.generate import PictureSampler, Request, SamplingSettings
 from mmtrain.tokens import ImageTokenizer, TextTokenizer
@@ -78,15 +78,9 @@ def sampler() -> PictureSampler:
     diffusion = DiffusionConfig(sampling_steps=2)
     torch.manual_seed(0)
     image = ImageTokenizer(ImageTokenizerConfig(levels=[8, 6, 5], width=8), 32).eval()
-    text = TextTokenizer.train(["a red circle"] * 3, _text_config())
-    mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
-    return PictureSampler(small_model(diffusion), text, image, diffusion, mean, std)
-
-
-def _text_config():  # noqa: ANN202
-    from mmtrain.config import TextTokenizerConfig
-
-    return TextTokenizerConfig(vocab_size=257)
+    text = TextTokenizer.train(["a red circle"] * 3, TextTokenizerConfig(vocab_size=257))
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    return PictureSampler(small_model(diffusion), text, image, diffusion, zero, one)
 
 
 def test_pictures_come_in_the_order_of_the_captions(sampler: PictureSampler) -> None:
@@ -110,3 +104,15 @@ def test_what_needs_words_or_probabilities_is_refused(sampler: PictureSampler) -
         sampler.draw([Request("a")], SamplingSettings(contrastive_k=3))
     with pytest.raises(UserError, match="more than the 16"):
         sampler.tasks("image", [Request("x" * 40)], settings)
+
+
+def test_latents_are_what_the_codes_are_rounded_from() -> None:
+    torch.manual_seed(0)
+    image = ImageTokenizer(ImageTokenizerConfig(levels=[8, 6, 5], width=8), 32).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    latents = image.latents(pixels)
+    assert latents.shape == (3, 3, 4, 4) and latents.dtype == np.float32
+    assert np.array_equal(image.decode_latents(latents, round_to_codes=True), image.decode(image.encode(pixels)))
+    assert not np.array_equal(image.decode_latents(latents), image.decode(image.encode(pixels)))
+    with pytest.raises(UserError, match="latents need"):
+        ImageTokenizer(ImageTokenizerConfig(quantizer="vq", width=8), 32).latents(pixels)

@@ -97,6 +97,7 @@ def train(
     accumulation: int = 1,
     learner: Learner | None = None,
     stream: Any = None,
+    validation: tuple[Batch, BatchCounts] | None = None,
 ) -> list[dict[str, Any]]:
     """The log rows of the steps that a run in `folder`, new or continued, still has to do."""
     folder.mkdir(exist_ok=True)
@@ -111,7 +112,7 @@ def train(
         vocabulary=VOCABULARY,
         engine=build_engine(model, config, WORLD, accumulation),
         stream=stream,
-        validation=[stream.prepare(10**6)],
+        validation=[validation or stream.prepare(10**6)],
         ledger=Ledger(),
         learner=learner or TokenLearner(config, VOCABULARY, WORLD.device),
         model=model,
