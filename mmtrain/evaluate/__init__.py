@@ -5,6 +5,7 @@ anything but held-out data, nor grade a picture by the model that drew it.
 """
 
 from mmtrain.evaluate.curves import Curve, draw_curves, measure_curve
+from mmtrain.evaluate.distances import Distances, measure_distances
 from mmtrain.evaluate.infill import MaskedWord, mask_word, measure_infill
 from mmtrain.evaluate.intervals import Proportion, wilson
 from mmtrain.evaluate.shapes import ShapesResult, evaluate_shapes
@@ -12,6 +13,7 @@ from mmtrain.evaluate.shapes_grader import compare, grade
 
 __all__ = [
     "Curve",
+    "Distances",
     "MaskedWord",
     "Proportion",
     "ShapesResult",
@@ -21,6 +23,7 @@ __all__ = [
     "grade",
     "mask_word",
     "measure_curve",
+    "measure_distances",
     "measure_infill",
     "wilson",
 ]

@@ -41,9 +41,14 @@ def encode_text(text: str, dimension: int) -> np.ndarray:
 
 
 def encode_picture(pixels: np.ndarray, dimension: int) -> np.ndarray:
-    """Colors and edge directions of 8 x 8 cells and a color histogram, projected: (dimension,) float32, unit norm.
+    """`picture_features`, projected: (dimension,) float32 of unit norm; pixels: (64, 64, 3) uint8."""
+    return unit(picture_features(pixels) @ _picture_projection(dimension))
 
-    pixels: (64, 64, 3) uint8.
+
+def picture_features(pixels: np.ndarray) -> np.ndarray:
+    """Colors and edge directions of 8 x 8 cells and a color histogram: (PICTURE_FEATURES,) float32.
+
+    pixels: (64, 64, 3) uint8. Each of the three parts has unit norm.
     """
     side = PICTURE_SIZE // CELLS
     by_row = pixels.reshape(CELLS, side, PICTURE_SIZE * 3).sum(axis=1, dtype=np.float32)
@@ -63,8 +68,7 @@ def encode_picture(pixels: np.ndarray, dimension: int) -> np.ndarray:
     histogram = np.bincount(levels.ravel(), minlength=COLOR_LEVELS**3)
     # Square roots: a flat background fills most of a histogram and must not be all that counts.
     parts = (colors.ravel(), np.sqrt(edges), np.sqrt(histogram))
-    features = np.concatenate([unit(part.astype(np.float32)) for part in parts])
-    return unit(features @ _picture_projection(dimension))
+    return np.concatenate([unit(part.astype(np.float32)) for part in parts])
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
