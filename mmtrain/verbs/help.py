@@ -192,13 +192,20 @@ Example
 """,
     "report": """\
 mmtrain report [run=FOLDER]
+mmtrain report compare RUN... [out=FOLDER]
+mmtrain report compare SWEEP_FOLDER [out=FOLDER]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
 published models, and the commands that reproduce it. The run is chosen as with `mmtrain generate`.
 
+compare reads the ledgers and evaluations (task=shapes) of many runs, token models and diffusion models of any sizes,
+budgets and seeds, and writes comparison.html, comparison.json and pictures: quality against training FLOPs with
+intervals, which family is ahead at which budget, where the curves cross, and both beside published models.
+
 Example
   mmtrain report run=runs/quickstart
+  mmtrain report compare runs/iso_flop
 """,
     "checkpoint": """\
 mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]
