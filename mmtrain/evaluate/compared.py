@@ -97,8 +97,9 @@ def read_run(folder: Path) -> ComparedRun | str:
         kid = tuple(map(float, distances[0]["blocks"])) if distances else None
         if kid is not None and len(kid) != NUM_BLOCKS:
             raise ValueError(f"{len(kid)} blocks of pictures instead of {NUM_BLOCKS}")
-        ceiling = next((shares for title, shares in record["results"].items() if title.startswith("ceiling")), {})
-        shares = [proportion["share"] for proportion in ceiling.values() if math.isfinite(proportion["share"])]
+        results: dict[str, dict[str, Any]] = record["results"]
+        best = next((shares for title, shares in results.items() if title.startswith("ceiling")), {})
+        ceiling = [each["share"] for each in best.values()]
         return ComparedRun(
             folder=folder,
             config=config,
@@ -112,7 +113,7 @@ def read_run(folder: Path) -> ComparedRun | str:
             kid=kid,
             extractor=str(distances[0]["extractor"]) if distances else "",
             floor=float(distances[1]["kid"]) if len(distances) > 1 else None,
-            ceiling=float(np.mean(shares)) if shares else None,
+            ceiling=float(np.mean(ceiling)) if ceiling else None,
             val_loss=_validation_loss(folder),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

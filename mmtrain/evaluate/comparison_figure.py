@@ -26,7 +26,7 @@ def quality_figure(comparison: Comparison) -> bytes:
         f"{len(comparison.runs)} runs on the corpus {run.config.corpus.name}, up to {seeds} seeds of each; "
         f"{len(run.prompts)} held-out captions, one picture each. FLOPs: training_total of each run's ledger "
         "(3 x forward of the trained network; frozen parts excluded).\nBars and bands: 95 % bootstrap intervals over "
-        "captions and seeds. Lines: fits of each family's best sizes. Filled: the best size at a budget; hollow: the others."
+        "captions and seeds. Lines: fits of each family's best sizes. Filled: the best at a budget; hollow: the others."
     )
     figure.text(0.01, 0.012, note, fontsize=7.5, color=SOFT, linespacing=1.5)
     figure.tight_layout(rect=(0, 0.055, 1, 1))
@@ -53,11 +53,11 @@ def _draw(panel, measure: Measure) -> None:
                 alpha=1 if is_best else 0.75,
             )  # fmt: skip
         if family in found.fits:
-            x = [flops for flops, _ in found.fits[family].curve]
+            along = [flops for flops, _ in found.fits[family].curve]
             fitted = [estimate for _, estimate in found.fits[family].curve]
-            panel.plot(x, [scale * e.value for e in fitted], color=color, linewidth=1.8, label=f"{family}, best size")
-            low, high = [scale * e.low for e in fitted], [scale * e.high for e in fitted]
-            panel.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0)
+            middle, low, high = ([scale * getattr(e, end) for e in fitted] for end in ("value", "low", "high"))
+            panel.plot(along, middle, color=color, linewidth=1.8, label=f"{family}, best size")
+            panel.fill_between(along, low, high, color=color, alpha=0.14, linewidth=0)
         for number, size in enumerate(sizes):
             marker = MARKERS[number % len(MARKERS)]
             panel.plot([], [], marker, color=color, markerfacecolor="white", markersize=5, label=f"{family}, {size}")
@@ -72,7 +72,7 @@ def _draw(panel, measure: Measure) -> None:
     panel.grid(True, which="major", color="#e6e8ea", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(colors=INK, labelsize=9)
+    panel.tick_params(which="both", colors=INK, labelsize=9)
     panel.legend(frameon=False, fontsize=7.5, loc="best")
 
 

@@ -145,8 +145,8 @@ def hours_figure(out: Path, own_flops: Sequence[float] = (), baselines: Sequence
     peak = load_accelerators()[REFERENCE_CHIP].number
     note = (
         f"Counted FLOPs / (0.40 x {peak / 1e12:.0f}e12 x 3600), one constant for all (0.40: what Chameleon reached). "
-        "Published hours of other chips are scaled by their dense bf16 peaks.\nRed: below 5 % or above 65 % of peak, so "
-        "the hours do not measure the compute. Every source: `mmtrain flops show ID`; nothing here is known from memory only."
+        "Published hours of other chips are scaled by their dense bf16 peaks.\nRed: below 5 % or above 65 % of peak: "
+        "the hours do not measure the compute. Every source: `mmtrain flops show ID`; nothing is from memory only."
     )
     if own_flops:
         seconds = 3600 * reference_hours(max(own_flops))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.config import UserError, write_text_atomic
-from mmtrain.evaluate.compared import ComparedRun, find_runs, read_run
+from mmtrain.evaluate.compared import find_runs, read_run
 from mmtrain.evaluate.comparison import Comparison, Measure, compare_runs, flops_text
 from mmtrain.evaluate.comparison_figure import quality_figure
 from mmtrain.evaluate.scaling import Estimate
@@ -47,12 +47,12 @@ def main(words: list[str]) -> int:
         print(f"left out: {name} {reason}")
     if len(left_out) > 5:
         print(f"left out: {len(left_out) - 5} more, see {NUMBERS}")
-    folder = os.path.relpath(out)
+    at = os.path.relpath(out)
     places = {
         "compared": f"{len(runs)} of {len(folders)} runs",
-        "open": f"{folder}/{PAGE}",
-        "numbers": f"{folder}/{NUMBERS}",
-        "figures": ", ".join((QUALITY, PUBLISHED, HOURS)) + f" in {folder}",
+        "open": f"{at}/{PAGE}",
+        "numbers": f"{at}/{NUMBERS}",
+        "figures": ", ".join((QUALITY, PUBLISHED, HOURS)) + f" in {at}",
     }
     closing_box("comparison", places)
     return 0
@@ -182,8 +182,8 @@ def _method(comparison: Comparison) -> str:
     sentences = [
         "Accuracy: share of the facts of a caption (background, colors, count, relations, shapes) that the drawn "
         f"picture shows, read from its pixels; mean over {len(run.prompts)} held-out captions, one picture each.",
-        f"KID: unbiased squared MMD, cubic kernel, over {run.extractor or 'no features'}; a stand-in that compares with "
-        "no published KID or FID.",
+        f"KID: unbiased squared MMD, cubic kernel, over {run.extractor or 'no features'}; a stand-in that compares "
+        "with no published KID or FID.",
         "At each budget a family is represented by its best size. Intervals: 95 % of bootstrap replicates that draw "
         "the captions (blocks of pictures for KID) anew and add deviations between seeds, the best size chosen anew "
         "in each.",
