@@ -77,8 +77,10 @@ def _parse(key: str, raw_value: str) -> tuple[Any, str]:
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={raw_value}")
         if parsed.is_sweep_override():
-            raise UserError(f"{key}={raw_value} gives several values, and a run has one; start a run for each")
-        return _plain(parsed.value()), raw_value
+            raise UserError(
+                f"{key}={raw_value} gives several values, and a run has one; `mmtrain train -m` starts a run for each"
+            )
+        return plain_value(parsed.value()), raw_value
     except HydraException as error:
         raise UserError(
             f"{key}={raw_value} cannot be read; a list is written [one,two], and a text in it that holds any of "
@@ -93,14 +95,14 @@ def quoted(text: str) -> str:
     return f"'{escaped}{chr(92) * trailing}'"
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Hydra's parsed value as plain Python."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain_value(item) for name, item in value.items()}
     return value
 
 

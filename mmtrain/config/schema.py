@@ -283,6 +283,7 @@ class TrainConfig:
     """Length, evaluation and checkpoints of a run."""
 
     steps: int = knob(1000, "Optimizer steps.", minimum=1)
+    flops: float = knob(0.0, "Budget of model FLOPs (causal; the ledger's training_total): train.steps is set to the number of steps that comes nearest to it (0: off).", minimum=0.0, maximum=1e30)
     evaluate_every: int = knob(200, "Steps between validation losses (0: only at the end).", minimum=0)
     evaluate_batches: int = knob(4, "Global batches per validation.", minimum=1)
     checkpoint_every: int = knob(200, "Steps between checkpoints (one more is written at the end).", minimum=1)
@@ -369,6 +370,17 @@ class TaskConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Several runs by one command, `mmtrain train -m`: every case crossed with every value of every axis."""
+
+    grid: dict[str, list[Any]] = knob({}, "Axes and their values, such as {seed:[1,2],model:[tiny,small]}; an axis on the command line (optim.lr=1e-3,3e-3) replaces that of the same name here.")
+    cases: dict[str, list[str]] = knob({}, "Named sets of settings, such as {none:[retrieval=none],nearest:[retrieval=cm3leon]}.")
+    parallel: int = knob(1, "Jobs side by side (0: as many as the GPUs, or cores, of this machine carry).", minimum=0)
+    evaluate: list[str] = knob([], "Tasks of `mmtrain evaluate` to measure each run on after its training, such as [shapes,loss].")
+    retry_failed: bool = knob(False, "Start failed jobs again, too; without it they are left alone.")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -399,6 +411,7 @@ class Config:
     track: TrackConfig = knob(TrackConfig, "Tracking.")
     generate: GenerateConfig = knob(GenerateConfig, "Generation.")
     task: TaskConfig = knob(TaskConfig, "Evaluation task.")
+    sweep: SweepConfig = knob(SweepConfig, "Sweep.")
 
     @property
     def sources(self) -> dict[str, CorpusConfig]:

@@ -9,6 +9,7 @@ from mmtrain.config.errors import UserError
 from mmtrain.config.schema import Config
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")  # those of a sweep say what is particular: model=tiny,seed=1
 SHORTEST_CAPTION = 8
 """Tokens that must fit beside one picture: <eos>, <break>, a mask and a few words."""
 
@@ -51,7 +52,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _picture_conflicts(config)
     yield from _sequence_conflicts(config)
     yield from _engine_conflicts(config)
-    if config.optim.warmup_steps > config.train.steps:
+    if config.optim.warmup_steps > config.train.steps and not config.train.flops:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps={config.train.steps}; "
             "shorten the warm-up or train for longer"
@@ -59,8 +60,8 @@ def _conflicts(config: Config) -> Iterator[str]:
 
 
 def _name_conflicts(config: Config) -> Iterator[str]:
-    for key, name in (("name", config.name), ("corpus.name", config.corpus.name)):
-        if not SAFE_NAME.fullmatch(name):
+    for key, name, safe in (("name", config.name, RUN_NAME), ("corpus.name", config.corpus.name, SAFE_NAME)):
+        if not safe.fullmatch(name):
             yield f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
     for name, corpus in config.sources.items():
         if not corpus.tokens:

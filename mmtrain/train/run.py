@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mmtrain.track import redact
 from mmtrain.train.checkpoint import has_checkpoint
 
 # What may differ between the frozen config and a command that continues the run.
-FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "root", "data_dir", "data.processes", "engine",
+FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "sweep", "root", "data_dir", "data.processes", "engine",
                   "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
                   "train.async_checkpoint", "train.dry_run", "health", "stream.prefetch",
                   "stream.workers", "mix", "corpora", "store", "runner", "retrieval.inlined")  # fmt: skip
@@ -117,7 +117,10 @@ def check_run(run_dir: Path, config: Config) -> None:
     frozen = run_dir / "config.yaml"
     if not frozen.is_file() or not has_checkpoint(run_dir / "checkpoints"):
         return
-    differences = _differences(load_frozen(frozen), config)
+    trained = load_frozen(frozen)
+    if config.train.flops:  # the budget will give the steps again
+        config = replace(config, train=replace(config.train, steps=trained.train.steps))
+    differences = _differences(trained, config)
     if differences:
         key, old, new = differences[0]
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""

@@ -92,6 +92,15 @@ def stop_when_orphaned(run_dir: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
+def terminate_when_orphaned(child: int) -> "subprocess.Popen[bytes]":
+    """Start a shell that sends SIGTERM to the process `child` as soon as this process is gone, however it ended.
+
+    Kill the shell once the child has ended: its number may come to be another's.
+    """
+    command = ["sh", "-c", 'read -r nothing; kill -TERM "$0"', str(child)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
 def _say(sentence: str) -> None:
     # Not print: the signal may have come in the middle of one.
     os.write(2, f"\nmmtrain: {sentence}\n".encode())

@@ -3,11 +3,13 @@
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from mmtrain.config import Config, UserError
+from mmtrain.config import Config, SweepConfig, UserError
 from mmtrain.config.compose import compose
 from mmtrain.track import closing_box
+from mmtrain.train.budget import with_budget
 from mmtrain.train.checkpoint import newest
 from mmtrain.train.launch import check_batch, num_ranks
 from mmtrain.train.run import check_run, open_run
@@ -15,6 +17,7 @@ from mmtrain.train.status import read_status
 from mmtrain.train.supervise import FINISHED, STOPPED, USER, supervise
 
 PREPARE = "prepare"
+MANY = ("-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
@@ -22,15 +25,24 @@ def main(argv: list[str]) -> int:
 
     With `prepare` as the first word it stops before training, and the last line it prints is the run directory.
     """
+    from mmtrain.verbs import sweep  # noqa: PLC0415
     from mmtrain.verbs.prepare import prepare  # noqa: PLC0415
 
     prepare_only = argv[:1] == [PREPARE]
-    config = compose(argv[prepare_only:])
+    if set(MANY) & set(argv):
+        if prepare_only:
+            raise UserError("`mmtrain train prepare` prepares one run; leave out -m, or leave out prepare")
+        return sweep.main([word for word in argv if word not in MANY])
+    config = replace(compose(argv[prepare_only:]), sweep=SweepConfig())
     if not prepare_only:  # else somebody else decides how many ranks there are
         check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name
+    if (run_dir / sweep.SWEEP).exists():
+        raise UserError(f"{run_dir} is the folder of a sweep, not of one run; choose another name=, or add -m")
     check_run(run_dir, config)
-    open_run(run_dir, config, prepare(config), shlex.join(["mmtrain", "train", *argv]))
+    artifacts = prepare(config)
+    config = with_budget(config, artifacts)
+    open_run(run_dir, config, artifacts, shlex.join(["mmtrain", "train", *argv]))
     if prepare_only:
         print(run_dir.resolve())
         return 0
