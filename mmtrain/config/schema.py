@@ -192,7 +192,7 @@ class StreamConfig:
 class ModelConfig:
     """Decoder-only transformer; defaults are CM3leon's (sec. 2.3)."""
 
-    family: str = knob("cm3leon", "cm3leon = LayerNorm without parameters, learned positions; llama = RMSNorm, SwiGLU, rotary positions; chameleon = llama with norms of queries and keys.", choices=("cm3leon", "chameleon", "llama"))
+    family: str = knob("cm3leon", "cm3leon = LayerNorm without parameters, learned positions; llama = RMSNorm, SwiGLU, rotary positions; chameleon = llama with norms of queries and keys; dit = no decoder but the diffusion baseline, PixArt's transformer on latents (section diffusion).", choices=("cm3leon", "chameleon", "llama", "dit"))
     layers: int = knob(8, "Transformer blocks.", minimum=1)
     width: int = knob(256, "Model width.", minimum=8)
     heads: int = knob(4, "Attention heads.", minimum=1)
@@ -218,12 +218,17 @@ class ModelConfig:
     @property
     def rotary(self) -> bool:
         """Whether positions turn queries and keys instead of being learned vectors."""
-        return self.family != "cm3leon"
+        return self.family in ("chameleon", "llama")
 
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a third matrix, that of its gate."""
-        return self.family != "cm3leon"
+        return self.family in ("chameleon", "llama")
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether this is the diffusion baseline and not a decoder of tokens."""
+        return self.family == "dit"
 
     @property
     def head_size(self) -> int:
@@ -241,6 +246,22 @@ class ModelConfig:
         if self.ffn_width:
             return self.ffn_width
         return -(-8 * self.width // (3 * 256)) * 256 if self.gated else 4 * self.width
+
+
+@dataclass
+class DiffusionConfig:
+    """The diffusion baseline (model=dit_...): a transformer that denoises latents of pictures, guided by their captions."""
+
+    objective: str = knob("rectified_flow", "rectified_flow = the velocity from the picture to the noise on a straight line (Liu et al. 2022; SD3); ddpm = the noise (Ho et al. 2020).", choices=("rectified_flow", "ddpm"))
+    num_train_timesteps: int = knob(1000, "Noise levels of ddpm; rectified_flow has any, on the same scale.", minimum=2)
+    beta_schedule: str = knob("linear", "ddpm: how noise grows with the level (diffusers).", choices=("linear", "scaled_linear", "squaredcos_cap_v2"))
+    timesteps: str = knob("uniform", "How noise levels are drawn in training: uniform, or logit_normal = mostly in the middle (SD3).", choices=("uniform", "logit_normal"))
+    caption_dropout: float = knob(0.1, "Share of the captions that training replaces by the null caption, for classifier-free guidance.", minimum=0.0, maximum=1.0)
+    patch_size: int = knob(1, "Cells of the latent grid per token of the transformer, along one side.", minimum=1)
+    text_layers: int = knob(1, "Layers of the caption's encoder, which is trained along: bidirectional, as wide as the model.", minimum=0)
+    sampler: str = knob("auto", "auto = flow_euler for rectified_flow, dpm_solver for ddpm; or ddim (ddpm).", choices=("auto", "flow_euler", "ddim", "dpm_solver"))
+    sampling_steps: int = knob(25, "Steps of the sampler per picture; each computes the model once, twice with guidance.", minimum=1)
+    decode: str = knob("continuous", "How latents become pixels: continuous = the decoder takes them as they are; codes = after rounding to the tokenizer's codes.", choices=("continuous", "codes"))
 
 
 @dataclass
@@ -404,6 +425,7 @@ class Config:
     objective: ObjectiveConfig = knob(ObjectiveConfig, "Objective.")
     stream: StreamConfig = knob(StreamConfig, "Stream.")
     model: ModelConfig = knob(ModelConfig, "Model.")
+    diffusion: DiffusionConfig = knob(DiffusionConfig, "Diffusion baseline.")
     optim: OptimConfig = knob(OptimConfig, "Optimizer.")
     engine: EngineConfig = knob(EngineConfig, "Engine.")
     train: TrainConfig = knob(TrainConfig, "Training.")

@@ -52,6 +52,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _picture_conflicts(config)
     yield from _sequence_conflicts(config)
     yield from _engine_conflicts(config)
+    yield from _diffusion_conflicts(config)
     if config.optim.warmup_steps > config.train.steps and not config.train.flops:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than train.steps={config.train.steps}; "
@@ -149,6 +150,44 @@ def _ddp_conflicts(config: Config) -> Iterator[str]:
         yield (
             f"engine.reduce_dtype={engine.reduce_dtype} is DeepSpeed's, and engine=ddp sums its float32 gradients as "
             "they are; use engine.reduce_dtype=fp32, or engine=zero1"
+        )
+
+
+def _diffusion_conflicts(config: Config) -> Iterator[str]:
+    model, diffusion = config.model, config.diffusion
+    if not model.is_diffusion:
+        return
+    if config.retrieval.enabled:
+        yield "model.family=dit takes no retrieved documents; set retrieval=none"
+    if config.image_tokenizer.quantizer != "fsq":
+        yield (
+            f"model.family=dit learns latents that fsq bounds, and image_tokenizer.quantizer="
+            f"{config.image_tokenizer.quantizer} has no bound; use image_tokenizer=fsq"
+        )
+    for name, corpus in config.sources.items():
+        if corpus.tokens:
+            yield f"model.family=dit needs the pictures of corpus {name}, which gives token shards alone (tokens=...)"
+    for key, value, only in (
+        ("kv_heads", model.kv_heads, (0, model.heads)),
+        ("ffn_width", model.ffn_width, (0, 4 * model.width)),
+        ("attention", model.attention, ("auto", "sdpa")),
+        ("weights", model.weights, (None,)),
+        ("picture_grid", model.picture_grid, (0,)),
+    ):
+        if value not in only:
+            yield f"model.{key}={value} is for decoders of tokens; model.family=dit takes {only[0]}"
+    if model.width % 4:
+        yield f"model.width={model.width} must be a multiple of 4 for the positions of model.family=dit"
+    grid = config.corpus.image_size // config.image_tokenizer.downsample
+    if grid % diffusion.patch_size:
+        yield f"diffusion.patch_size={diffusion.patch_size} does not divide the {grid} latent cells of a picture's side"
+    if config.engine.stage == "auto":
+        yield "engine.stage=auto estimates the memory of decoders, not of model.family=dit; set engine.stage=0, 1, 2 or 3"
+    samplers = ("flow_euler",) if diffusion.objective == "rectified_flow" else ("ddim", "dpm_solver")
+    if diffusion.sampler not in ("auto", *samplers):
+        yield (
+            f"diffusion.sampler={diffusion.sampler} does not fit diffusion.objective={diffusion.objective}; "
+            f"use {' or '.join(samplers)}"
         )
 
 

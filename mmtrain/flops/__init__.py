@@ -6,6 +6,7 @@ guess: an unknown device has no peak, a value known only from memory stays out o
 
 from mmtrain.flops.compare import ComputeRow, OwnRun, comparison_figure, compute_table
 from mmtrain.flops.count import (
+    BACKWARD_AND_FORWARD,
     TOKEN_KINDS,
     StepFlops,
     document_lengths,
@@ -22,6 +23,7 @@ from mmtrain.flops.ledger import BOOKS, Ledger
 from mmtrain.flops.registry import Baseline, Quantity, load_registry
 
 __all__ = [
+    "BACKWARD_AND_FORWARD",
     "BOOKS",
     "TOKEN_KINDS",
     "Baseline",

@@ -7,6 +7,7 @@ the same sample alone and in a batch.
 
 from mmtrain.generate.grammar import Grammar
 from mmtrain.generate.guidance import SamplingSettings, check
+from mmtrain.generate.pictures import PictureSampler
 from mmtrain.generate.pipeline import Sample, Sampler
 from mmtrain.generate.sampling import Prompt, Sampled, sample
 from mmtrain.generate.scoring import score
@@ -16,6 +17,7 @@ __all__ = [
     "DRAWING_TASKS",
     "MASK",
     "Grammar",
+    "PictureSampler",
     "Prompt",
     "Request",
     "Sample",

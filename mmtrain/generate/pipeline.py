@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 
+from mmtrain.flops import forward_flops
 from mmtrain.generate.guidance import SamplingSettings, check
 from mmtrain.generate.sampling import Prompt, Sampled, sample
 from mmtrain.generate.scoring import score
@@ -65,6 +66,11 @@ class Sampler:
     progress: Progress | None = None
     stream: Callable[[str], None] | None = None
     lengths: list[int] = field(default_factory=list)
+
+    @property
+    def flops(self) -> int:
+        """Of all sampling so far."""
+        return forward_flops(self.model.config, self.vocabulary.size, self.lengths)
 
     def images(
         self,

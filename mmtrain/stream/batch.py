@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ FIRST_KIND = COLUMNS.index(KINDS[0])
 
 
 class Batch(TypedDict):
-    """Torch tensors on the CPU, all (B, S).
+    """Torch tensors on the CPU, all (B, S) but origin.
 
     tokens: int64. targets: int64, the next token inside the document. loss_weight: float32, 0 at the last token of
     a document and on padding. document: int32, number within the row from 0, -1 on padding. position: int32, from 0
     in every document. cell: int32, place of an image token in its picture in raster order, else -1. Padding has `<pad>`
-    as token and as target.
+    as token and as target. origin: (B, S, 3) int64, only where the stream was asked for it: number of the source, epoch
+    and index of the document that begins here, else -1 (also where only a later window of it begins).
     """
 
     tokens: torch.Tensor
@@ -36,6 +37,7 @@ class Batch(TypedDict):
     document: torch.Tensor
     position: torch.Tensor
     cell: torch.Tensor
+    origin: NotRequired[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,18 @@ def collate(
     return batch, counts
 
 
+def origins(rows: Sequence[Sequence[tuple[TrainingSequence, int, int, int]]], sequence_length: int) -> torch.Tensor:
+    """`origin` of a batch; rows: of every packed sequence itself, the number of its source, its epoch and index."""
+    origin = np.full((len(rows), sequence_length, 3), -1, dtype=np.int64)
+    for i, row in enumerate(rows):
+        start = 0
+        for sequence, *where in row:
+            if sequence.window == 0:
+                origin[i, start] = where
+            start += len(sequence)
+    return torch.from_numpy(origin)
+
+
 def interleave(parts: Sequence[tuple[Batch, BatchCounts]]) -> tuple[Batch, BatchCounts]:
     """Put together the batches of n parts, of which part k holds rows k, k + n, k + 2n, ..."""
     if len(parts) == 1:
@@ -131,7 +145,7 @@ def interleave(parts: Sequence[tuple[Batch, BatchCounts]]) -> tuple[Batch, Batch
     rows = sum(counts.rows for _, counts in parts)
     batch = cast(Batch, {})
     for name, like in cast(dict[str, torch.Tensor], parts[0][0]).items():
-        whole = torch.empty((rows, like.shape[1]), dtype=like.dtype)
+        whole = torch.empty((rows, *like.shape[1:]), dtype=like.dtype)
         for k, (part, _) in enumerate(parts):
             whole[k :: len(parts)] = part[name]  # type: ignore[literal-required]
         batch[name] = whole  # type: ignore[literal-required]

@@ -23,11 +23,16 @@ PLACES_BLOCK = 256  # places computed at once: one costs as much as a few hundre
 
 @dataclass(frozen=True)
 class Waiting:
-    """A sequence in the look-ahead buffer: a window of document `number` that this lane took from the source."""
+    """A sequence in the look-ahead buffer: a window of document `number` that this lane took from the source.
+
+    epoch, index: which document of the source that is.
+    """
 
     source: str
     number: int
     sequence: TrainingSequence
+    epoch: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,9 @@ class Lane:
             self._places[name] = known
             self._sources[name].prefetch(known[2].tolist())
         _, epochs, indices = known
-        sequences = self._recipe.sequences(self._sources[name], int(epochs[offset]), int(indices[offset]))
-        return [Waiting(name, number, sequence) for sequence in sequences]
+        epoch, index = int(epochs[offset]), int(indices[offset])
+        sequences = self._recipe.sequences(self._sources[name], epoch, index)
+        return [Waiting(name, number, sequence, epoch, index) for sequence in sequences]
 
     def _remember(self, state: LaneState) -> None:
         self._recent[state.row] = state

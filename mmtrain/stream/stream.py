@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import ObjectiveConfig, RetrievalConfig, StreamConfig, UserError
-from mmtrain.stream.batch import CACHE, Batch, BatchCounts, collate
+from mmtrain.stream.batch import CACHE, Batch, BatchCounts, collate, origins
 from mmtrain.stream.lanes import Lane
 from mmtrain.stream.mixture import quotas
 from mmtrain.stream.source import Recipe, Source
@@ -34,7 +34,9 @@ class Stream:
         objective: ObjectiveConfig,
         retrieval: RetrievalConfig | None,
         seed: int,
+        with_origin: bool = False,
     ) -> None:
+        """with_origin: batches say where their documents are in their sources (`Batch.origin`)."""
         self._sources = {source.name: source for source in sources}
         if not sources or len(self._sources) < len(sources):
             raise UserError(f"a stream needs sources of different names, not {[source.name for source in sources]}")
@@ -46,7 +48,7 @@ class Stream:
                 f"objective.num_sentinels={objective.num_sentinels}, but the vocabulary has "
                 f"{vocabulary.num_sentinels} sentinels; set it to at most that"
             )
-        self.vocabulary, self.config, self._seed = vocabulary, config, seed
+        self.vocabulary, self.config, self._seed, self._with_origin = vocabulary, config, seed, with_origin
         self.counts: BatchCounts | None = None
         """What the last batch from `batch` holds."""
         self._last_step = -1
@@ -101,7 +103,7 @@ class Stream:
                 "set a global batch of at least one row per process"
             )
         started = time.perf_counter()
-        rows, sources = [], []
+        rows, sources, origin = [], [], []
         taken = np.zeros(len(self._sources), dtype=np.int64)
         numbers = {name: number for number, name in enumerate(self._sources)}
         with self._lock:
@@ -110,9 +112,13 @@ class Stream:
                 packed, state = self._lanes[lane].row(number)
                 rows.append([entry.sequence for entry in packed])
                 sources.append([numbers[entry.source] for entry in packed])
+                if self._with_origin:
+                    origin.append([(e.sequence, numbers[e.source], e.epoch, e.index) for e in packed])
                 taken += [state.taken[name] for name in numbers]
             self._last_step = step
         batch, counts = collate(rows, sources, len(numbers), self.config.sequence_length, self.vocabulary)
+        if self._with_origin:
+            batch["origin"] = origins(origin, self.config.sequence_length)
         counts.by_source[:, -1] = taken
         counts.by_source[:, -1 - len(CACHE) : -1] = self._cache_counts()
         return batch, replace(counts, seconds=time.perf_counter() - started)

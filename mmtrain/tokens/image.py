@@ -5,6 +5,7 @@ Shapes: N pictures, S side in pixels, C channels, G = S / downsample side of the
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ BLOCKS = 1
 # Each cell of the last grid draws 4x4 pixels with sharp edges: a wide hidden layer there buys more than depth.
 HEAD_EXPANSION = 6
 PATCH_EXPANSION = 16
+FSQ_EPSILON = 1e-3  # that of vector_quantize_pytorch's FSQ.bound
 
 
 class Residual(nn.Module):
@@ -187,18 +189,61 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
         """(N, S, S, 3) uint8 to codes (N, T) int64, row by row; float32, in batches."""
+        batches = []
+        for latent_NCGG in self._encoded(pixels):
+            _, codes, *_ = self.quantizer(latent_NCGG.flatten(2).transpose(1, 2))
+            batches.append(codes.long().cpu().numpy())
+        return np.concatenate(batches) if batches else np.empty((0, self.tokens_per_image), np.int64)
+
+    @torch.no_grad()
+    def latents(self, pixels: np.ndarray | Tensor) -> np.ndarray:
+        """(N, S, S, 3) uint8 to (N, C, G, G) float32: what fsq rounds to codes, in the units of the decoder's input.
+
+        Bounded as FSQ bounds it (Mentzer et al. 2023, appendix A), to half a level beyond the outer codes.
+        """
+        fsq = self._fsq
+        half = (fsq._levels[:, None, None] - 1) * (1 + FSQ_EPSILON) / 2
+        offset = torch.where(fsq._levels % 2 == 0, 0.5, 0.0)[:, None, None]
+        batches = [
+            ((torch.tanh(latent + torch.atanh(offset / half)) * half - offset) / self._half_width).cpu().numpy()
+            for latent in self._encoded(pixels)
+        ]
+        shape = (0, self.latent_dim, self.grid, self.grid)
+        return np.concatenate(batches) if batches else np.empty(shape, np.float32)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: np.ndarray | Tensor, round_to_codes: bool = False) -> np.ndarray:
+        """Latents (N, C, G, G), as `latents` gives them, to pictures (N, S, S, 3) uint8; rounded to codes on request."""
+        half, levels = self._half_width, self._fsq._levels[:, None, None]
+        batches = []
+        for latent in torch.as_tensor(np.asarray(latents), dtype=torch.float32).split(INFERENCE_BATCH):
+            steps = latent.to(self.device) * half
+            steps = (steps.round() if round_to_codes else steps).clamp(-half, levels - 1 - half)
+            signal = self.decoder((steps / half).contiguous(memory_format=torch.channels_last))
+            batches.append(to_pixels(signal))
+        return np.concatenate(batches)
+
+    @property
+    def _fsq(self) -> FSQ:
+        if not isinstance(self.quantizer, FSQ):
+            raise UserError(f"latents need image_tokenizer.quantizer=fsq, this one has {self.config.quantizer}")
+        return self.quantizer
+
+    @property
+    def _half_width(self) -> Tensor:
+        """(C, 1, 1): levels per unit of a code."""
+        return (self._fsq._levels // 2)[:, None, None]
+
+    def _encoded(self, pixels: np.ndarray | Tensor) -> Iterator[Tensor]:
+        """The encoder's output (n, C, G, G), float32, batch by batch."""
         if pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise UserError(
                 f"the image tokenizer takes pictures of {self.image_size}x{self.image_size} pixels, "
                 f"these have shape {tuple(pixels.shape[1:])}; set corpus.image_size={self.image_size}"
             )
         self.eval()
-        batches = []
         for start in range(0, len(pixels), INFERENCE_BATCH):
-            latent_NCGG = self.encoder(to_signal(pixels[start : start + INFERENCE_BATCH], self.device))
-            _, codes, *_ = self.quantizer(latent_NCGG.flatten(2).transpose(1, 2))
-            batches.append(codes.long().cpu().numpy())
-        return np.concatenate(batches) if batches else np.empty((0, self.tokens_per_image), np.int64)
+            yield self.encoder(to_signal(pixels[start : start + INFERENCE_BATCH], self.device))
 
     @torch.no_grad()
     def decode(self, codes: np.ndarray | Tensor) -> np.ndarray:

@@ -18,16 +18,18 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtrain.config import Config, UserError
 from mmtrain.models import Decoder, build_model, num_positions
 from mmtrain.train.distributed import World
 from mmtrain.train.fragments import PARAMETER, Fragment, whole
+
+Model = TypeVar("Model", bound=nn.Module)
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
@@ -325,19 +327,23 @@ def load_parameters(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_model(checkpoint: Checkpoint, config: Config, vocabulary_size: int, vocabulary_fingerprint: str) -> Decoder:
-    """The model of a checkpoint in float32, for sampling; raises UserError when vocabulary or shapes differ."""
+    """The decoder of a checkpoint in float32, for sampling; raises UserError when vocabulary or shapes differ."""
+    return load_into(build_model(config.model, vocabulary_size, num_positions(config)), checkpoint, vocabulary_fingerprint)
+
+
+def load_into(model: Model, checkpoint: Checkpoint, vocabulary_fingerprint: str) -> Model:
+    """As `load_model`, into a model that is there."""
     if checkpoint.state.get("vocabulary") != vocabulary_fingerprint:
         raise UserError(
             f"checkpoint {checkpoint.path} was trained with another vocabulary ({checkpoint.state.get('vocabulary')}, "
             f"here {vocabulary_fingerprint}); use the tokenizers of its run"
         )
-    model = build_model(config.model, vocabulary_size, num_positions(config))
     check_tensors(checkpoint, model)
     model.load_state_dict(load_parameters(checkpoint), strict=False)
     return model.eval()
 
 
-def check_tensors(checkpoint: Checkpoint, model: Decoder) -> None:
+def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raise UserError unless the checkpoint has the parameters of `model`, of the same shapes, and no others."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}

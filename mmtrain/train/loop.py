@@ -4,14 +4,13 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from mmtrain.config import Config, UserError, fingerprint
 from mmtrain.config.randomness import random_stream
-from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops, split_by_kind
-from mmtrain.models import Decoder, document_starts
+from mmtrain.flops import Ledger, measured_matmul_rate, peak_flops
 from mmtrain.models.signs import describe_signs
 from mmtrain.stream import CACHE, Batch, BatchCounts, Batches, Stream, merge_states, prefetch
 from mmtrain.tokens import Vocabulary
@@ -20,6 +19,7 @@ from mmtrain.train.checkpoint import Checkpoint, fill, latest_checkpoint
 from mmtrain.train.distributed import World
 from mmtrain.train.engine import Engine
 from mmtrain.train.health import Health, SpikeDetector
+from mmtrain.train.learner import Learner
 from mmtrain.train.saving import Saver
 from mmtrain.train.schedule import learning_rate
 from mmtrain.train.sections import ALONE, Sections, stragglers
@@ -38,7 +38,8 @@ class Run:
     folder: Path
     world: World
     vocabulary: Vocabulary
-    model: Decoder
+    learner: Learner
+    model: Any
     engine: Engine
     stream: Stream
     validation: list[tuple[Batch, BatchCounts]]
@@ -116,7 +117,7 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
         window.add_step(counts, time.perf_counter() - started)
         is_logged = due(step + 1, config.track.log_every, steps)
         run.model.watch(is_logged and config.health.signs)
-        loss = forward_backward(run, batch, index, window)
+        loss = forward_backward(run, (batch, counts), index, window)
         rate = learning_rate(step, steps, config.optim)
         with sections("step"):
             norm = run.engine.step(rate)
@@ -157,14 +158,17 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
     return row
 
 
-def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, poison: bool = False) -> torch.Tensor:
+def forward_backward(
+    run: Run, batch: tuple[Batch, BatchCounts], index: int, window: Window, split: str = "train", poison: bool = False
+) -> torch.Tensor:
     """Accumulate the gradient of a batch on all ranks; returns its mean loss over all ranks, on the device.
 
-    index: of the batch, for dropout. A spike is left out of the update where `health.spike` says so; poison: the
+    index: of the batch, for dropout; split: that it is from. A spike is left out of the update where `health.spike` says so; poison: the
     update will be left out, whatever the loss (a NaN in the gradient changes nothing, in every engine).
     """
     config, world = run.config, run.world
-    inputs = model_inputs(batch, run.vocabulary, world.device, config.model.attention)
+    inputs, sums = run.learner.inputs(*batch, split)
+    window.add_work(sums)
     with run.sections("reduce"):
         weight = world.sum(inputs["loss_weight"].sum())
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
@@ -172,9 +176,9 @@ def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, 
         if config.model.dropout:
             seed_dropout(config.seed, index, world.rank, number)
         with run.sections("forward"):
-            sums = run.engine.forward(micro)
-        loss += sums.total.detach() / weight
-        total = sums.total
+            losses = run.engine.forward(micro)
+        loss += losses.total.detach() / weight
+        total = losses.total
         if poison:
             total = total * float("nan")
         elif number == run.accumulation - 1:
@@ -184,14 +188,13 @@ def forward_backward(run: Run, batch: Batch, index: int, window: Window | None, 
                 total = total * factor
         with run.sections("backward"):
             run.engine.backward(total, weight)
-        if window:
-            window.add_loss(sums)
+        window.add_loss(losses)
     return loss
 
 
 def dry_run(run: Run) -> None:
     """One step that changes nothing: what lacks memory or a kernel fails now and not in an hour."""
-    forward_backward(run, run.validation[0][0], 0, None, poison=True)
+    forward_backward(run, run.validation[0], 0, new_window(run), "validation", poison=True)
     run.engine.step(0.0)
 
 
@@ -241,9 +244,8 @@ def watched(run: Run) -> dict[str, Any]:
 
 def new_window(run: Run) -> Window:
     """An empty window of this run."""
-    c = run.config
     sources = tuple(source.name for source in run.stream.sources)
-    return Window(run.world, c.model, run.vocabulary.size, c.stream.sequence_length, sources)
+    return Window(run.world, run.learner, run.config.stream.sequence_length, sources)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -251,21 +253,9 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def model_inputs(
-    batch: Batch, vocabulary: Vocabulary, device: torch.device, attention: str = "auto"
-) -> dict[str, torch.Tensor]:
-    """The batch on the device, with the modality of every target, and what the backend of `model.attention` needs."""
-    tensors = cast(dict[str, torch.Tensor], batch)
-    if attention == "varlen":
-        tensors = tensors | {"starts": document_starts(tensors["document"])}
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    inputs["modality"] = vocabulary.modality(inputs["targets"])
-    return inputs
-
-
 def split_batch(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of equal size along the rows."""
-    chunks = {name: tensor.chunk(parts) for name, tensor in inputs.items()}
+    """Micro-batches of the same number of rows; of pictures, which rows hold more or fewer of, to one."""
+    chunks = {name: tensor.tensor_split(parts) for name, tensor in inputs.items()}
     return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(parts)]
 
 
@@ -276,7 +266,7 @@ def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
 
 def book_and_describe(run: Run, totals: Totals, peak: float | None) -> dict[str, Any]:
     """Book the window's FLOPs and tokens; returns its log row."""
-    run.ledger.book_training(split_by_kind(totals.flops.model_causal, totals.tokens))
+    run.ledger.book_training(totals.flops_by_kind)
     run.tokens += totals.num_tokens
     seconds = totals.seconds
 
@@ -330,7 +320,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     for batch, counts in run.validation:
         run.stopping.ask()
         window.add_step(counts)
-        inputs = model_inputs(batch, run.vocabulary, run.world.device, run.config.model.attention)
+        inputs, sums = run.learner.inputs(batch, counts, "validation")
+        window.add_work(sums)
         window.add_loss(run.engine.forward(inputs))
         if run.stopping.agreed():
             break

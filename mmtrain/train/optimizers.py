@@ -75,7 +75,7 @@ def optimizers(model: nn.Module, config: Config, world: World) -> list[torch.opt
     named = dict(model.named_parameters())
     if config.optim.kind == "adamw":
         return [adamw(list(named.values()), config)]
-    matrices = {name: p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
+    matrices = {n: p for n, p in named.items() if "blocks." in n and n.endswith(".weight") and p.ndim == 2}
     others = [p for name, p in named.items() if name not in matrices]
     return [adamw(others, config), SharedMuon(list(matrices.values()), config, world)]
 

@@ -2,7 +2,7 @@
 
 RUN/
     config.yaml        frozen and resolved; all ranks read this file
-    artifacts.json     folders of documents, tokenizers, token shards, neighbours, inlined shards, by source
+    artifacts.json     folders of documents, tokenizers, token shards, neighbours, inlined shards, pictures, by source
     environment.json   versions and machine
     metrics.jsonl  ledger.json  report.html  checkpoints/  samples/  logs/  wandb/
 """
@@ -26,7 +26,8 @@ from mmtrain.train.checkpoint import has_checkpoint
 FREE_TO_CHANGE = ("run", "notes", "generate", "task", "track", "sweep", "root", "data_dir", "data.processes", "engine",
                   "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
                   "train.async_checkpoint", "train.dry_run", "health", "stream.prefetch",
-                  "stream.workers", "mix", "corpora", "store", "runner", "retrieval.inlined")  # fmt: skip
+                  "stream.workers", "diffusion.sampler", "diffusion.sampling_steps",
+                  "diffusion.decode", "mix", "corpora", "store", "runner", "retrieval.inlined")  # fmt: skip
 LAST = "last"  # under root: the name of the run that was trained last
 PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "tokenizers", "faiss-cpu")
 
@@ -35,7 +36,8 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "wandb", "hydra-core", "omegacon
 class Artifacts:
     """Folders that a run was made from: what depends on a source by its name, the first one being the main one.
 
-    neighbours is empty without retrieval; inlined has the candidates' tokens of the sources that read them there.
+    neighbours is empty without retrieval; inlined has the candidates' tokens of the sources that read them there;
+    pictures has the latents that the diffusion baseline learns, and is empty for models of tokens.
     """
 
     documents: dict[str, Path]
@@ -44,6 +46,7 @@ class Artifacts:
     tokens: dict[str, Path]
     neighbours: dict[str, Path]
     inlined: dict[str, Path] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
@@ -89,6 +92,7 @@ class Artifacts:
             by_source("tokens"),
             by_source("neighbours"),
             by_source("inlined"),
+            by_source("pictures"),
         )
 
     def flops(self) -> dict[str, int]:
@@ -97,7 +101,7 @@ class Artifacts:
         metrics = self.image_tokenizer / "metrics.json"
         if metrics.is_file():
             books["image_tokenizer_train"] = int(json.loads(metrics.read_text())["flops"])
-        for folder in (*self.tokens.values(), *self.neighbours.values()):
+        for folder in (*self.tokens.values(), *self.neighbours.values(), *self.pictures.values()):
             books.update(json.loads((folder / "flops.json").read_text()))
         return dict(books)
 

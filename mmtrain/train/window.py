@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mmtrain.config import ModelConfig
-from mmtrain.flops import TOKEN_KINDS, StepFlops, flops_from_sums
+from mmtrain.flops import TOKEN_KINDS, StepFlops
 from mmtrain.models import LossSums
 from mmtrain.stream import COLUMNS, BatchCounts
 from mmtrain.tokens import MODALITIES
 from mmtrain.train.distributed import World
+from mmtrain.train.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Totals:
     by_source: dict[str, dict[str, int]]
     """What was delivered of each source, by the names of `stream.COLUMNS`."""
     flops: StepFlops
+    flops_by_kind: dict[str, int]
+    """Those of the model, by kind of token."""
 
     def delivered(self, column: str) -> int:
         """One of `stream.COLUMNS` summed over the sources."""
@@ -54,8 +56,7 @@ class Window:
     """Accumulates between two log rows; `reduce` is the only place that waits for the device."""
 
     world: World
-    model: ModelConfig
-    vocabulary_size: int
+    learner: Learner
     row_length: int
     sources: tuple[str, ...]
     cross_entropy: torch.Tensor = field(init=False)
@@ -72,7 +73,7 @@ class Window:
     def reset(self) -> None:
         """Start anew."""
         self.cross_entropy = torch.zeros(len(MODALITIES), 2, dtype=torch.float64, device=self.world.device)
-        self.counts = np.zeros(3, dtype=np.int64)
+        self.counts = np.zeros(1 + self.learner.num_sums, dtype=np.int64)
         self.by_source = np.zeros((len(self.sources), len(COLUMNS)), dtype=np.int64)
         self.steps, self.data_seconds, self.prepare_seconds, self.started = 0, 0.0, 0.0, time.perf_counter()
 
@@ -80,16 +81,13 @@ class Window:
         """Add the loss sums of a micro-batch; stays on the device."""
         self.cross_entropy += sums.by_modality
 
+    def add_work(self, sums: np.ndarray) -> None:
+        """Add the sums of `Learner.inputs` of this rank's share of a step."""
+        self.counts[1:] += sums
+
     def add_step(self, counts: BatchCounts, data_seconds: float = 0.0) -> None:
         """Add the counts of this rank's share of a step; data_seconds: how long training waited for it."""
-        squares = np.square(counts.lengths).sum()
-        scores = counts.rows * self.row_length**2
-        if self.model.attention in ("flex", "varlen"):
-            scores = squares // 2
-        elif self.model.attention == "auto" and self.world.device.type == "cpu":
-            # as models.pack_documents decides (for the whole share of the rank)
-            scores = min(scores, len(counts.lengths) * int(counts.lengths.max(initial=0)) ** 2)
-        self.counts += np.array([squares, scores, counts.rows])
+        self.counts[0] += counts.rows
         self.by_source += counts.by_source
         self.data_seconds += data_seconds
         self.prepare_seconds += counts.seconds
@@ -99,22 +97,14 @@ class Window:
         """Sum over ranks and reset."""
         self.world.sum(self.cross_entropy)
         own = np.concatenate([self.counts, self.by_source.reshape(-1)])
-        (squares, scores, rows), flat = np.split(
-            self.world.sum(torch.as_tensor(own, device=self.world.device)).cpu().numpy(), [3]
+        (rows, *sums), flat = np.split(
+            self.world.sum(torch.as_tensor(own, device=self.world.device)).cpu().numpy(), [len(self.counts)]
         )
         table = [dict(zip(COLUMNS, row, strict=True)) for row in flat.reshape(self.by_source.shape).tolist()]
         by_source = dict(zip(self.sources, table, strict=True))
         tokens = {kind: sum(row[kind] for row in table) for kind in TOKEN_KINDS}
-        squares, scores, rows, num_tokens = int(squares), int(scores), int(rows), sum(tokens.values())
-        flops = flops_from_sums(
-            self.model,
-            self.vocabulary_size,
-            num_tokens,
-            squares,
-            rows,
-            self.row_length,
-            computed_squares=scores,
-        )
+        rows = int(rows)
+        flops, flops_by_kind = self.learner.flops(np.array(sums), tokens, rows)
         pairs = self.cross_entropy.tolist()
         totals = Totals(
             steps=self.steps,
@@ -122,11 +112,12 @@ class Window:
             data_seconds=self.data_seconds,
             cross_entropy={name: (pair[0], pair[1]) for name, pair in zip(MODALITIES, pairs, strict=True)},
             tokens=tokens,
-            padding=rows * self.row_length - num_tokens,
+            padding=rows * self.row_length - sum(tokens.values()),
             rows=rows,
             prepare_seconds=self.prepare_seconds,
             by_source=by_source,
             flops=flops,
+            flops_by_kind=flops_by_kind,
         )
         self.reset()
         return totals

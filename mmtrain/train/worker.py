@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from mmtrain.config.compose import load_frozen
 from mmtrain.config.signals import deaf_children
 from mmtrain.config.weights import open_weights
 from mmtrain.flops import Ledger
-from mmtrain.models import build_model, check_attention, count_parameters, num_positions
+from mmtrain.models import check_attention, num_positions
 from mmtrain.models.weights import load_weights, verify_weights
 from mmtrain.retrieval import Neighbours
 from mmtrain.shards import TokenShards, open_store
@@ -34,6 +35,7 @@ from mmtrain.train.distributed import World, start_world
 from mmtrain.train.engine import build_engine
 from mmtrain.train.health import Health, SpikeDetector
 from mmtrain.train.launch import check_batch
+from mmtrain.train.learner import open_learner
 from mmtrain.train.loop import Run, restore, train
 from mmtrain.train.memory import available_bytes, choose_stage, is_out_of_memory, out_of_memory
 from mmtrain.train.run import Artifacts
@@ -98,6 +100,8 @@ def complain(world: World, sentence: str) -> int:
 
 def explain_memory(error: BaseException, folder: Path, config: Config, world: World) -> str:
     """What needs the memory that was not there, and what to change."""
+    if config.model.is_diffusion:
+        return "out of memory; what would need less: a smaller engine.micro_batch, model.activation_checkpointing=true"
     e, artifacts = config.engine, Artifacts.load(folder)
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
     stage = None if e.kind == "ddp" else e.stage
@@ -144,15 +148,15 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
             "choose another name="
         )
 
-    positions = num_positions(config)
+    learner = open_learner(config, artifacts, vocabulary, world.device)
     if config.engine.stage == "auto":
         e, room = config.engine, available_bytes(world)
         offload = e.offload_optimizer, e.offload_parameters
-        sizes = vocabulary.size, positions, world.size
+        sizes = vocabulary.size, num_positions(config), world.size
         e.stage, why = choose_stage(config, *sizes, room, *offload, world.device.type)
         if world.rank == 0:
             print(f"engine.stage=auto: {why}")
-    model = build_model(config.model, vocabulary.size, positions)
+    model: Any = learner.new_model()
     model.initialize(config.seed)
     weights = ""
     if checkpoint:
@@ -172,6 +176,7 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
         folder=folder,
         world=world,
         vocabulary=vocabulary,
+        learner=learner,
         model=model,
         engine=engine,
         stream=open_stream(config, artifacts, vocabulary, "train"),
@@ -201,7 +206,7 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
             run.ledger.book(kind, flops)
     if world.rank == 0:
         repeated = run.ledger.recover(folder / "ledger.json")
-        announce(run, count_parameters(config.model, vocabulary.size, positions), repeated)
+        announce(run, learner.num_parameters, repeated)
         write_text_atomic(folder / "engine.json", json.dumps(engine.effective(), indent=1) + "\n")
         write_status(folder, "running", run.step, "")
         start_segment(folder, run.step, world.size)
@@ -234,7 +239,9 @@ def open_stream(config: Config, artifacts: Artifacts, vocabulary: Vocabulary, sp
         sources.append(Source(name, tokens(folder / split), weight, neighbours, memory, inlined))
     retrieval = config.retrieval if config.retrieval.enabled else None
     stream = config.stream if is_training else replace(config.stream, lookahead=1)
-    return Stream(sources, vocabulary, stream, config.objective, retrieval, config.seed)
+    return Stream(
+        sources, vocabulary, stream, config.objective, retrieval, config.seed, with_origin=config.model.is_diffusion
+    )
 
 
 def first_run_id(folder: Path) -> str:

@@ -13,11 +13,11 @@ from rich.table import Table
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import encode_png
 from mmtrain.evaluate import Curve, Distances, Proportion, draw_curves, evaluate_shapes, measure_curve
-from mmtrain.flops import forward_flops
+from mmtrain.flops import BACKWARD_AND_FORWARD
 from mmtrain.generate import SamplingSettings
 from mmtrain.tokens import MODALITIES
 from mmtrain.track import closing_box
-from mmtrain.train.loop import model_inputs
+from mmtrain.train.learner import open_learner
 from mmtrain.train.worker import open_stream
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.samples import picture_grid
@@ -120,7 +120,7 @@ def evaluate_run_with_guidance(run: TrainedRun) -> int:
 
 def book_evaluation(run: TrainedRun) -> None:
     """Book all that the sampler did."""
-    run.book("evaluation", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths))
+    run.book("evaluation", run.sampler.flops)
 
 
 def evaluate_run_on_loss(run: TrainedRun) -> int:
@@ -128,16 +128,17 @@ def evaluate_run_on_loss(run: TrainedRun) -> int:
     config = run.config
     stream = open_stream(config, run.artifacts, run.vocabulary, "validation")
     model = run.sampler.model
+    learner = open_learner(config, run.artifacts, run.vocabulary, next(model.parameters()).device)
     sums = torch.zeros(len(MODALITIES), 2, dtype=torch.float64)
     batches = max(1, config.train.evaluate_batches)
     tokens, flops = 0, 0
     with torch.inference_mode(), Bar("measuring", batches) as advance:
         for step in range(batches):
             batch, counts = stream.prepare(step)
-            inputs = model_inputs(batch, run.vocabulary, next(model.parameters()).device)
+            inputs, work = learner.inputs(batch, counts, "validation")
             sums += model(**inputs).by_modality.cpu()
             tokens += sum(counts.tokens.values())
-            flops += forward_flops(config.model, run.vocabulary.size, counts.lengths.tolist())
+            flops += learner.flops(work, counts.tokens, counts.rows)[0].model_causal // BACKWARD_AND_FORWARD
             advance(step + 1)
     table = Table(
         "tokens", "nats per token", "bits per token", "targets", title=f"{run.folder.name}, {run.checkpoint.path.name}"

@@ -18,7 +18,6 @@ from mmtrain import __version__
 from mmtrain.config import GenerateConfig, UserError, fingerprint, write_text_atomic
 from mmtrain.config.artifact import FINGERPRINT_LENGTH
 from mmtrain.documents.corpus import printable
-from mmtrain.flops import forward_flops
 from mmtrain.generate import DRAWING_TASKS, Request, Sample, SamplingSettings, check
 from mmtrain.track import closing_box
 from mmtrain.train.stop import StopSignals
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
         total = len(asked) * g.num_samples
         record = head | {"complete": len(records) == total, "samples": records}
         write_text_atomic(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    run.book("sampling", forward_flops(run.config.model, run.vocabulary.size, run.sampler.lengths))
+    run.book("sampling", run.sampler.flops)
     places = {"samples": os.path.relpath(out), "record": os.path.relpath(out / RECORD)}
     if (out / GRID).exists():
         places["grid"] = os.path.relpath(out / GRID)

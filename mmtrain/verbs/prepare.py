@@ -2,6 +2,7 @@
 
 documents of every source ─▶ text tokenizer ─┐
     └──────▶ image tokenizer ────────────────┴▶ token shards of every source
+    ├──────▶ (latents of every source, for the diffusion baseline)
     └──────▶ neighbours of every source ─▶ (inlined shards: the tokens of the neighbours)
 """
 
@@ -28,6 +29,7 @@ from mmtrain.train.run import Artifacts
 from mmtrain.verbs.build import SPLITS, build_documents
 from mmtrain.verbs.join import join_retrieved
 from mmtrain.verbs.partitions import Task, Work, run_partitions
+from mmtrain.verbs.pictures import encode_pictures
 from mmtrain.verbs.progress import Bar
 from mmtrain.verbs.tokenize import run_vocabulary, tokenize_documents
 
@@ -46,7 +48,8 @@ def prepare(config: Config) -> Artifacts:
     tokens = prepare_tokens(config, documents, text, image)
     neighbours = prepare_neighbours(config, documents)
     inlined = prepare_inlined(config, tokens, neighbours)
-    return Artifacts(documents, text, image, tokens, neighbours, inlined)
+    pictures = prepare_pictures(config, documents, tokens, image)
+    return Artifacts(documents, text, image, tokens, neighbours, inlined, pictures)
 
 
 def prepare_documents(config: Config) -> dict[str, Path]:
@@ -230,6 +233,20 @@ def prepare_inlined(config: Config, tokens: dict[str, Path], neighbours: dict[st
             build = partial(join_retrieved, config, tokens[name], neighbours[name])
             final = _folder(config, name, "inlined", key)
             folders[name] = _timed(f"inlined shards of {name}", final, build, resumable=True)
+    return folders
+
+
+def prepare_pictures(
+    config: Config, documents: dict[str, Path], tokens: dict[str, Path], image: Path
+) -> dict[str, Path]:
+    """Latents and captions of both splits of each source, for the diffusion baseline; {} for models of tokens."""
+    if not config.model.is_diffusion:
+        return {}
+    folders = {}
+    for name, folder in documents.items():
+        final = _folder(config, name, "pictures", fingerprint(FORMAT, folder.name, tokens[name].name))
+        build = partial(encode_pictures, config, folder, tokens[name], image)
+        folders[name] = _timed(f"latents of {name}", final, build, resumable=True)
     return folders
 
 

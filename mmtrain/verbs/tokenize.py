@@ -38,7 +38,7 @@ class EncodeRange:
     uses_gpu: ClassVar[bool] = True
 
     def __call__(self, task: Task) -> Result:
-        shards = _open_documents(self.documents / task["split"])
+        shards = open_documents(self.documents / task["split"])
         text, image = _open_tokenizers(self.text, self.image)
         num_images = 0
 
@@ -89,13 +89,20 @@ def run_vocabulary(config: Config, text: TextTokenizer, image: ImageTokenizer) -
 
 
 @lru_cache(maxsize=2)
-def _open_documents(folder: Path) -> DocumentShards:
+def open_documents(folder: Path) -> DocumentShards:
+    """Opened once per process."""
     return DocumentShards(folder)
 
 
 @lru_cache(maxsize=2)
 def _open_tokenizers(text: Path, image: Path) -> tuple[TextTokenizer, ImageTokenizer]:
-    return TextTokenizer.load(text / "tokenizer.json"), ImageTokenizer.load(image).to(device())
+    return TextTokenizer.load(text / "tokenizer.json"), open_image_tokenizer(image)
+
+
+@lru_cache(maxsize=2)
+def open_image_tokenizer(image: Path) -> ImageTokenizer:
+    """On this process's device, loaded once per process."""
+    return ImageTokenizer.load(image).to(device())
 
 
 def device() -> str:

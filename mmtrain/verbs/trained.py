@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from mmtrain.config.artifact import FINGERPRINT_LENGTH
 from mmtrain.config.compose import compose, load_frozen, with_overrides
 from mmtrain.documents import Document
 from mmtrain.flops import Ledger
-from mmtrain.generate import Sampler
+from mmtrain.generate import PictureSampler, Sampler
 from mmtrain.retrieval import Memory, window_tokens
 from mmtrain.retrieval.build import MEMORY
 from mmtrain.shards import DocumentShards, TokenShards
 from mmtrain.tokens import ImageTokenizer, TextTokenizer, Vocabulary
-from mmtrain.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, load_model, read_checkpoint
+from mmtrain.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, load_into, read_checkpoint
+from mmtrain.train.learner import open_learner
+from mmtrain.train.picture_learner import PictureLearner
 from mmtrain.train.run import LAST, Artifacts
 from mmtrain.verbs.progress import Bar
 
@@ -72,13 +75,17 @@ class TrainedRun:
         return ImageTokenizer.load(self.artifacts.image_tokenizer)
 
     @cached_property
-    def sampler(self) -> Sampler:
-        """The model of the checkpoint on the GPU, or on the CPU in the run's precision."""
-        model = load_model(self.checkpoint, self.config, self.vocabulary.size, self.vocabulary.fingerprint)
+    def sampler(self) -> Any:
+        """A `Sampler` or `PictureSampler` of the checkpoint on the GPU, or on the CPU in the run's precision."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        learner = open_learner(self.config, self.artifacts, self.vocabulary, torch.device(device))
+        model = load_into(learner.new_model(), self.checkpoint, self.vocabulary.fingerprint)
         if self.config.engine.dtype == "bf16":
             model = model.to(torch.bfloat16)
         image, g = self.image.to(device), self.config.generate
+        if isinstance(learner, PictureLearner):
+            c = self.config.diffusion
+            return PictureSampler(model.to(device), self.text, image, c, learner.mean, learner.std, g.batch_size)
         order = self.config.objective.order
         return Sampler(model.to(device), self.vocabulary, self.text, image, g.batch_size, order)
 
@@ -168,7 +175,7 @@ def _last(root: Path) -> Path:
     return root / note.read_text().strip()
 
 
-def show_progress(sampler: Sampler, label: str) -> Bar:
+def show_progress(sampler: Sampler | PictureSampler, label: str) -> Bar:
     """A progress bar over the batches of a sampler, as a context manager."""
     bar = Bar(label)
     sampler.progress = bar

@@ -26,11 +26,11 @@ def _at(step: int, only: int, action: Action, rank: int) -> None:
     original = loop.forward_backward
     done = []
 
-    def forward_backward(run: Any, batch: Any, index: int, window: Any, poison: bool = False) -> Tensor:
+    def forward_backward(run: Any, *rest: Any, poison: bool = False) -> Tensor:
         if rank == only and run.step >= step and not poison and not done:
             done.append(True)
             action(run)
-        return original(run, batch, index, window, poison)
+        return original(run, *rest, poison=poison)
 
     loop.forward_backward = forward_backward
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmtrain.config import Config
-from mmtrain.train.loop import model_inputs, seed_dropout
+from mmtrain.train.loop import seed_dropout
+from mmtrain.train.token_learner import model_inputs
 from tests.train import small_run
 
 
