@@ -19,6 +19,8 @@ from mmtrain.train.checkpoint import newest
 EVALUATION = "evaluation-shapes.json"
 TOKENS, DIFFUSION = "token models", "diffusion models"
 DIFFUSION_FAMILIES = ("dit",)  # values of model.family
+# What a caption says. Sizes are not in every caption, and relations not in those of one object.
+SCORED_FACTS = ("background", "colors", "count", "relations", "shapes")
 # Sections in which runs of one family and size may differ on purpose: that makes them different settings.
 OF_THE_SETTING = ("model", "optim", "objective", "diffusion", "stream", "corpus", "image_tokenizer")
 
@@ -27,9 +29,9 @@ OF_THE_SETTING = ("model", "optim", "objective", "diffusion", "stream", "corpus"
 class ComparedRun:
     """A trained and evaluated run.
 
-    steps: trained. sampling: how it was drawn. facts: by prompt, which are right. kid: KID of each block of
-    pictures, None for too few. floor: KID of the true pictures through the tokenizer. ceiling: mean share of their
-    facts that are right. val_loss: nats per target by modality, comparable within a family only.
+    steps: trained. sampling: how it was drawn. facts: by prompt, which of SCORED_FACTS are right. kid: KID of each
+    block of pictures, None for too few. floor: KID of the true pictures through the tokenizer. ceiling: share of
+    their facts that are right. val_loss: last one, all and by modality, comparable within a family only.
     """
 
     folder: Path
@@ -99,7 +101,7 @@ def read_run(folder: Path) -> ComparedRun | str:
             raise ValueError(f"{len(kid)} blocks of pictures instead of {NUM_BLOCKS}")
         results: dict[str, dict[str, Any]] = record["results"]
         best = next((shares for title, shares in results.items() if title.startswith("ceiling")), {})
-        ceiling = [each["share"] for each in best.values()]
+        ceiling = [share for fact, share in best.items() if fact in SCORED_FACTS]
         return ComparedRun(
             folder=folder,
             config=config,
@@ -109,11 +111,11 @@ def read_run(folder: Path) -> ComparedRun | str:
             ledger=Ledger.read(folder / "ledger.json"),
             sampling=dict(record["task"]),
             prompts=tuple(str(each["prompt"]) for each in drawn),
-            facts=tuple({str(k): bool(v) for k, v in each["facts"].items()} for each in drawn),
+            facts=tuple({k: bool(each["facts"][k]) for k in SCORED_FACTS if k in each["facts"]} for each in drawn),
             kid=kid,
             extractor=str(distances[0]["extractor"]) if distances else "",
             floor=float(distances[1]["kid"]) if len(distances) > 1 else None,
-            ceiling=float(np.mean(ceiling)) if ceiling else None,
+            ceiling=sum(p["right"] for p in ceiling) / sum(p["total"] for p in ceiling) if ceiling else None,
             val_loss=_validation_loss(folder),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from itertools import accumulate
 
+import torch
+
 from mmtrain.config import Config, UserError
-from mmtrain.flops import flops_from_sums
 from mmtrain.tokens import Vocabulary
 from mmtrain.train.run import Artifacts
 
@@ -42,19 +43,17 @@ def steps_for(budget: float, first: list[int]) -> int:
 
 def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = SAMPLED_STEPS) -> list[int]:
     """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them.
-
-    A model of another kind is dispatched from here.
     """
-    from mmtrain.train.worker import open_stream  # noqa: PLC0415 - it imports the engines
+    from mmtrain.train.learner import open_learner  # noqa: PLC0415 - they import the engines
+    from mmtrain.train.worker import open_stream  # noqa: PLC0415
 
     vocabulary = Vocabulary.load(artifacts.tokens[artifacts.main] / "vocabulary.json")
+    learner = open_learner(config, artifacts, vocabulary, torch.device("cpu"))
     stream = open_stream(config, artifacts, vocabulary, "train")
     found = []
     for step in range(num_steps):
-        _, counts = stream.prepare(step)
-        lengths = counts.lengths.tolist()
-        squares = sum(length * length for length in lengths)
-        row_length = config.stream.sequence_length
-        step_flops = flops_from_sums(config.model, vocabulary.size, sum(lengths), squares, counts.rows, row_length)
-        found.append(step_flops.model_causal)
+        batch, counts = stream.prepare(step)
+        _, sums = learner.inputs(batch, counts, "train")
+        flops, _ = learner.flops(sums, counts.tokens, counts.rows)
+        found.append(flops.model_causal)
     return found
