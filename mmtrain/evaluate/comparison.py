@@ -23,13 +23,13 @@ class Measure:
     reference: float | None
     scaling: Scaling
 
-    def text(self, value: float, signed: bool = False) -> str:
+    def text(self, value: float) -> str:
         """A value as a person reads it: accuracies in percent."""
-        sign = "+" if signed else ""
-        return f"{100 * value:{sign}.1f} %" if self.higher_is_better else f"{value:{sign}.3f}"
+        return f"{100 * value:.1f} %" if self.higher_is_better else f"{value:.3f}"
 
-    def interval(self, estimate: Estimate) -> str:
-        return f"{self.text(estimate.low)} to {self.text(estimate.high)}"
+    def difference_text(self, value: float) -> str:
+        """A difference of two values, with its sign: of accuracies in points."""
+        return f"{100 * value:+.1f} points" if self.higher_is_better else f"{value:+.3f}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def say(measure: Measure) -> list[str]:
         size = Estimate(difference.value, difference.low, difference.high)
         if ahead == two:
             size = Estimate(-difference.value, -difference.high, -difference.low)
-        interval = f"difference {measure.text(size.value, True)}, 95 % interval {measure.interval(size)}"
+        value, low, high = (measure.difference_text(x) for x in (size.value, size.low, size.high))
+        interval = f"difference {value}, 95 % interval {low} to {high}"
         if difference.excludes_zero:
             sentences.append(f"{at} {ahead} are ahead: {' against '.join(numbers)} ({interval}).")
         else:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +96,8 @@ def _body(comparison: Comparison, pictures: dict[str, bytes], command: str) -> s
     return "\n".join(parts)
 
 
-def _estimate(measure: Measure, estimate: Estimate, signed: bool = False) -> str:
-    value = measure.text(estimate.value, signed)
-    return f'{value} <span class="soft">({measure.interval(estimate)})</span>'
+def _estimate(estimate: Estimate, show: Callable[[float], str]) -> str:
+    return f'{show(estimate.value)} <span class="soft">({show(estimate.low)} to {show(estimate.high)})</span>'
 
 
 def _differences(measure: Measure) -> str:
@@ -108,9 +108,9 @@ def _differences(measure: Measure) -> str:
         for family in found.families:
             envelope = found.envelopes[family].get(budget)
             size = found.best[family].get(budget, "")
-            row.append(f"{_estimate(measure, envelope)}, {text(size)}" if envelope else "–")
+            row.append(f"{_estimate(envelope, measure.text)}, {text(size)}" if envelope else "–")
         difference = found.differences.get(budget)
-        row.append(_estimate(measure, difference, signed=True) if difference else "–")
+        row.append(_estimate(difference, measure.difference_text) if difference else "–")
         rows.append(row)
     best = [f"{text(family)}, best size" for family in found.families]
     minus = " minus ".join(text(family) for family in found.families[:2]) if len(found.families) > 1 else "difference"
@@ -119,7 +119,7 @@ def _differences(measure: Measure) -> str:
 
 def _cells(measure: Measure) -> str:
     rows = [
-        [text(c.family), text(c.setting), flops_text(c.flops), str(c.seeds), _estimate(measure, c.quality)]
+        [text(c.family), text(c.setting), flops_text(c.flops), str(c.seeds), _estimate(c.quality, measure.text)]
         for c in measure.scaling.cells
     ]
     header = ("family", "size", "FLOPs", "seeds", "quality (95 % interval)")
