@@ -109,6 +109,7 @@ def compare_runs(runs: Sequence[ComparedRun], left_out: dict[str, str] | None = 
         kid = measure_scaling(_trials(runs, settings, blocks), IDENTITY, higher_is_better=False)
         measures.append(Measure(f"{KID} ({runs[0].extractor})", False, _mean(floors), kid))
     sentences = [sentence for measure in measures for sentence in say(measure)]
+    sentences += _at_the_edge(accuracy, {setting: run.parameters for run, setting in zip(runs, settings, strict=True)})
     return Comparison(tuple(runs), tuple(settings), tuple(budget), tuple(measures), tuple(sentences), left_out)
 
 
@@ -152,6 +153,28 @@ def say(measure: Measure) -> list[str]:
     sentences.append(_crossing(measure))
     if found.most_seeds < 2:
         sentences.append("There is one seed of everything, so the intervals leave out what another seed would change.")
+    return sentences
+
+
+def _at_the_edge(found: Scaling, parameters: dict[str, int]) -> list[str]:
+    """A sentence for each family whose best size is the smallest or largest that was tried: the best lies beyond."""
+    sentences = []
+    for family in found.families:
+        tried: dict[int, set[int]] = {}
+        for cell in found.cells:
+            if cell.family == family:
+                tried.setdefault(cell.budget, set()).add(parameters[cell.setting])
+        for end, word, other in ((min, "smallest", "smaller"), (max, "largest", "larger")):
+            at = [
+                flops_text(found.budgets[budget])
+                for budget, setting in found.best[family].items()
+                if len(tried[budget]) > 1 and parameters[setting] == end(tried[budget])
+            ]
+            if at:
+                sentences.append(
+                    f"The most accurate of the {family} at {' and '.join(at)} FLOPs is the {word} that was tried, so a "
+                    f"{other} one may be better still."
+                )
     return sentences
 
 
