@@ -92,6 +92,9 @@ def check_command(words: list[str]) -> None:
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings
         assert len(others) <= (verb == "import"), others
         return
+    if verb == "report" and others[:1] == ["compare"]:
+        assert all(word.startswith("out=") for word in settings), settings
+        return
     if verb == "checkpoint":
         assert others[:1] in (["ls"], ["verify"], ["prune"], ["diff"]), others
         return

@@ -6,6 +6,7 @@ anything but held-out data, nor grade a picture by the model that drew it.
 
 from mmtrain.evaluate.ablation import Estimate, Measured, compare_arms, draw_differences
 from mmtrain.evaluate.curves import Curve, draw_curves, measure_curve
+from mmtrain.evaluate.distances import Distances, measure_distances
 from mmtrain.evaluate.infill import MaskedWord, mask_word, measure_infill
 from mmtrain.evaluate.intervals import Proportion, wilson
 from mmtrain.evaluate.losses import DocumentLosses, measure_documents
@@ -14,6 +15,7 @@ from mmtrain.evaluate.shapes_grader import compare, grade
 
 __all__ = [
     "Curve",
+    "Distances",
     "DocumentLosses",
     "Estimate",
     "MaskedWord",
@@ -28,6 +30,7 @@ __all__ = [
     "grade",
     "mask_word",
     "measure_curve",
+    "measure_distances",
     "measure_documents",
     "measure_infill",
     "wilson",

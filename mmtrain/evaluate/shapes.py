@@ -9,6 +9,7 @@ from mmtrain.config import TaskConfig, UserError
 from mmtrain.documents import Document, decode_square
 from mmtrain.documents.captions import parse_caption
 from mmtrain.documents.scene import Scene
+from mmtrain.evaluate.distances import Distances, measure_distances
 from mmtrain.evaluate.infill import MaskedWord, measure_infill
 from mmtrain.evaluate.intervals import Proportion, wilson
 from mmtrain.evaluate.shapes_grader import compare, grade
@@ -24,7 +25,9 @@ class ShapesResult:
     pictures_seen, pictures_unseen: those whose captions have only color-shape combinations of the training split, and
     those with one at least that training never showed.
     captions["all"]: captions with background, colors, count and relations all right.
-    infilled: words that were masked, one in each caption, and written exactly. facts: what is right in each of `drawn`.
+    infilled: words that were masked, one in each caption, and written exactly.
+    facts: of each drawn picture, which are right. distances, floor: of the drawn pictures, and of the reconstructed
+    true ones, to the true ones; None for a few pictures.
     """
 
     pictures: dict[str, Proportion]
@@ -33,8 +36,10 @@ class ShapesResult:
     ceiling: dict[str, Proportion]
     captions: dict[str, Proportion]
     infilled: dict[str, Proportion]
+    facts: list[dict[str, bool]]
+    distances: Distances | None
+    floor: Distances | None
     drawn: list[tuple[Document, np.ndarray]] = field(default_factory=list)
-    facts: list[dict[str, bool]] = field(default_factory=list)
     written: list[tuple[Document, str]] = field(default_factory=list)
     filled: list[tuple[MaskedWord, str]] = field(default_factory=list)
 
@@ -62,7 +67,8 @@ def evaluate_shapes(
 
     size = sampler.image.image_size
     pictures = np.stack([decode_square(document.images[0].data, size) for document in documents])
-    reconstructed = sampler.image.decode(sampler.image.encode(pictures[: len(to_draw)]))
+    true = pictures[: len(to_draw)]
+    reconstructed = sampler.image.decode(sampler.image.encode(true))
     written: list[tuple[Document, str]] = []
     if to_caption:
         greedy = SamplingSettings(temperature=0.0, guidance=1.0)
@@ -83,8 +89,10 @@ def evaluate_shapes(
         ceiling=shares([_facts(grade(p), document) for p, document in zip(reconstructed, to_draw, strict=True)]),
         captions=shares(stated),
         infilled=infilled,
-        drawn=[(document, pixels) for document, pixels, _ in drawn],
         facts=[facts for _, _, facts in drawn],
+        distances=measure_distances(np.stack([pixels for _, pixels, _ in drawn]), true),
+        floor=measure_distances(reconstructed, true),
+        drawn=[(document, pixels) for document, pixels, _ in drawn],
         written=written,
         filled=filled,
     )

@@ -20,6 +20,7 @@ from mmtrain.flops.count import (
     step_flops,
 )
 from mmtrain.flops.devices import Device, find_device, measured_matmul_rate, memory_gib, peak_flops
+from mmtrain.flops.hours import hours_figure, hours_table
 from mmtrain.flops.journal import Account, Journal, read_account
 from mmtrain.flops.ledger import BOOKS, Ledger
 from mmtrain.flops.lineage import base_model
@@ -48,6 +49,8 @@ __all__ = [
     "flops_from_sums",
     "forward_flops",
     "forward_flops_per_token",
+    "hours_figure",
+    "hours_table",
     "load_registry",
     "matmul_parameters",
     "measured_matmul_rate",

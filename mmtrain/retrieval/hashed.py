@@ -42,14 +42,14 @@ def encode_text(text: str, dimension: int) -> np.ndarray:
 
 
 def encode_picture(pixels: np.ndarray, dimension: int) -> np.ndarray:
-    """The features of a picture, projected: (dimension,) float32 of unit norm. pixels: (64, 64, 3) uint8."""
+    """`picture_features`, projected: (dimension,) float32 of unit norm; pixels: (64, 64, 3) uint8."""
     return unit(picture_features(pixels) @ _picture_projection(dimension))
 
 
 def picture_features(pixels: np.ndarray) -> np.ndarray:
-    """Colors and edge directions of 8 x 8 cells and a color histogram: (PICTURE_FEATURES,) float32, three unit parts.
+    """Colors and edge directions of 8 x 8 cells and a color histogram: (PICTURE_FEATURES,) float32.
 
-    pixels: (64, 64, 3) uint8.
+    pixels: (64, 64, 3) uint8. Each of the three parts has unit norm.
     """
     side = PICTURE_SIZE // CELLS
     by_row = pixels.reshape(CELLS, side, PICTURE_SIZE * 3).sum(axis=1, dtype=np.float32)

@@ -122,7 +122,8 @@ def measured(arms: dict[str, Runs]) -> dict[str, dict[str, Measured]]:
                 found.setdefault(name, {})[arm] = Measured(sums, counts)
         graded = [runs[seed] / "evaluation-shapes.json" for seed in sorted(runs)]
         if all(path.is_file() for path in graded):
-            for name, part in _graded([json.loads(path.read_text())["right"] for path in graded]).items():
+            drawn = [json.loads(path.read_text())["drawn"] for path in graded]
+            for name, part in _graded([[picture["facts"] for picture in of_seed] for of_seed in drawn]).items():
                 found.setdefault(name, {})[arm] = part
     return {name: of_arms for name, of_arms in found.items() if len(of_arms) == len(arms)}
 

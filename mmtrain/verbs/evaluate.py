@@ -13,7 +13,15 @@ from rich.table import Table
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import encode_png
-from mmtrain.evaluate import Curve, Proportion, draw_curves, evaluate_shapes, measure_curve, measure_documents
+from mmtrain.evaluate import (
+    Curve,
+    Distances,
+    Proportion,
+    draw_curves,
+    evaluate_shapes,
+    measure_curve,
+    measure_documents,
+)
 from mmtrain.flops import BACKWARD_AND_FORWARD, forward_flops
 from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import CHANNELS, IMAGE, TEXT
@@ -27,6 +35,7 @@ from mmtrain.verbs.samples import picture_grid
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
 GRID = 32
+FLOOR = "true pictures through the tokenizer"
 
 
 def main(argv: list[str]) -> int:
@@ -41,13 +50,13 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
     task = run.config.task
     documents = run.held_out(max(task.num_prompts, task.num_captions, task.num_infills))
     with show_progress(run.sampler, "sampling"):
-        found = [retrieved_by(run, channel, len(documents)) for channel in (TEXT, IMAGE)]
-        result = evaluate_shapes(run.sampler, documents, task, run.config.seed, *found)
+        retrieved = [retrieved_by(run, channel, len(documents)) for channel in (TEXT, IMAGE)]
+        result = evaluate_shapes(run.sampler, documents, task, run.config.seed, *retrieved)
     tables = {
         "pictures": result.pictures,
         "pictures with seen combinations": result.pictures_seen,
         "pictures with unseen combinations": result.pictures_unseen,
-        "ceiling: true pictures through the tokenizer": result.ceiling,
+        f"ceiling: {FLOOR}": result.ceiling,
         "captions": result.captions,
         "masked words, filled in": result.infilled,
     }
@@ -55,6 +64,10 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
     for title, shares in tables.items():
         if shares:
             console.print(_table(title, shares))
+    distances = {"drawn pictures": result.distances, FLOOR: result.floor}
+    found = {title: distance for title, distance in distances.items() if distance}
+    if found:
+        console.print(_distances_table(found))
     folder = run.folder / "samples" / f"evaluation-step{run.checkpoint.step}"
     folder.mkdir(parents=True, exist_ok=True)
     for index, (_, pixels) in enumerate(result.drawn):
@@ -70,7 +83,11 @@ def evaluate_run_on_shapes(run: TrainedRun) -> int:
         "task": asdict(task),
         "checkpoint": run.checkpoint.path.name,
         "results": plain,
-        "right": [dict(facts) for facts in result.facts],
+        "distances": {title: asdict(distance) for title, distance in found.items()},
+        "drawn": [
+            {"prompt": document.texts[0], "facts": facts}
+            for (document, _), facts in zip(result.drawn, result.facts, strict=True)
+        ],
         "captions": [{"truth": document.texts[0], "written": text} for document, text in result.written],
         "infilled": [{"masked": word.caption, "truth": word.word, "written": text} for word, text in result.filled],
     }
@@ -210,6 +227,15 @@ def _table(title: str, shares: dict[str, Proportion]) -> Table:
         table.add_row(
             name, f"{100 * p.share:.1f} %  ({p.right}/{p.total})", f"{100 * p.low:.1f} – {100 * p.high:.1f} %"
         )
+    return table
+
+
+def _distances_table(distances: dict[str, Distances]) -> Table:
+    extractor = next(iter(distances.values())).extractor
+    table = Table("pictures", f"KID ({extractor})", "standard error", f"Frechet distance ({extractor})")
+    table.title, table.title_justify = "distance to the true pictures (lower is better)", "left"
+    for title, d in distances.items():
+        table.add_row(title, f"{d.kid:.4f}", f"{d.kid_error:.4f}", "–" if d.frechet is None else f"{d.frechet:.3f}")
     return table
 
 

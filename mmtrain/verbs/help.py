@@ -240,6 +240,7 @@ Example: your own GPUs, with 40 GiB, 4 in a node, behind 200 Gbit/s, at a price
     "report": """\
 mmtrain report [run=FOLDER]
 mmtrain report ablation sweep=FOLDER [baseline=ARM]
+mmtrain report compare RUN... | SWEEP_FOLDER [out=FOLDER]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
@@ -248,10 +249,14 @@ published models, and the commands that reproduce it. The run is chosen as with 
 ablation  compares the arms of a sweep that was measured with task=loss (and shapes): losses of held-out documents by
           modality, attribute accuracy, means over seeds and paired differences from the baseline (default: the first
           case) with 95 % intervals, by a bootstrap over seeds and documents; FOLDER/ablation.json and ablation.png.
+compare   reads the ledgers and evaluations (task=shapes) of many runs, token models and diffusion models of any sizes,
+          budgets and seeds, and writes comparison.html, comparison.json and pictures: quality against training FLOPs
+          with intervals, which family is ahead at which budget, where the curves cross, both beside published models.
 
 Example
   mmtrain report run=runs/quickstart
   mmtrain report ablation sweep=runs/ablate_retrieval baseline=none
+  mmtrain report compare runs/iso_flop
 """,
     "checkpoint": """\
 mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]

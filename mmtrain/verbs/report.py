@@ -1,4 +1,4 @@
-"""`mmtrain report`: one self-contained page about a run."""
+"""`mmtrain report`: one self-contained page about a run, or about many (`mmtrain report compare`)."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import Neighbours, window_document
 from mmtrain.shards import DocumentShards
 from mmtrain.track import ReportData, closing_box, goodput, read_metrics, write_report
-from mmtrain.verbs import ablation
+from mmtrain.verbs import ablation, report_compare
 from mmtrain.verbs.data import describe, left_out
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
@@ -25,9 +25,11 @@ SQUARED_ERROR = "mean squared error of normalized latents"
 
 
 def main(argv: list[str]) -> int:
-    """Sample a few held-out documents and write RUN/report.html."""
+    """Sample a few held-out documents and write RUN/report.html; `ablation` and `compare` are reports of many runs."""
     if argv[:1] == ["ablation"]:
         return ablation.main(argv[1:])
+    if argv[:1] == ["compare"]:
+        return report_compare.main(argv[1:])
     run = open_trained(argv)
     path = write_report(run.folder, collect(run))
     closing_box("report", {"open": os.path.relpath(path)})
