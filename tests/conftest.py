@@ -14,13 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process (`pytest -n`), all of e2e, which share a trained run, in another.
-
-    Skip tests marked `gpu` where there is no CUDA device.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in ("e2e", "cluster", "faults") else str(item.path)))
+    """Skip tests marked `gpu` where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
