@@ -42,8 +42,7 @@ def steps_for(budget: float, first: list[int]) -> int:
 
 
 def flops_per_step(config: Config, artifacts: Artifacts, num_steps: int = SAMPLED_STEPS) -> list[int]:
-    """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them.
-    """
+    """Model FLOPs (causal) of training on each of the first `num_steps` global batches, as the ledger will book them."""
     from mmtrain.train.learner import open_learner  # noqa: PLC0415 - they import the engines
     from mmtrain.train.worker import open_stream  # noqa: PLC0415
 
