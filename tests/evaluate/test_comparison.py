@@ -95,6 +95,7 @@ def test_the_page_says_who_is_ahead_and_where_the_curves_cross(sweep, capsys):
     assert report.main(["compare", str(sweep)]) == 0
     said = capsys.readouterr().out
     assert "at 3.0e11 FLOPs diffusion models are ahead" in said and "at 3.0e12 FLOPs token models are ahead" in said
+    assert f"By KID ({EXTRACTOR}) at 3.0e11 FLOPs diffusion models are ahead" in said
     assert "The most accurate of the token models at 3.0e11 and 1.0e12 and 3.0e12 FLOPs is the smallest" in said
     folder = sweep / "comparison"
     page, numbers = (folder / "comparison.html").read_text(), json.loads((folder / "comparison.json").read_text())
