@@ -159,8 +159,10 @@ def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) 
     write_text_atomic(run_dir.parent / LAST, run_dir.name + "\n")
 
 
-def _resolved(paths: Path | dict[str, Path]) -> dict[str, Path]:
-    """Absolute paths by source ("" for what no source has of its own)."""
+def _resolved(paths: Path | dict[str, Path] | None) -> dict[str, Path]:
+    """Absolute paths by source ("" for what no source has of its own); {} for what there is not."""
+    if paths is None:
+        return {}
     return {name: path.resolve() for name, path in (paths if isinstance(paths, dict) else {"": paths}).items()}
 
 
