@@ -147,6 +147,9 @@ Example: minutes on a laptop, on real captioned pictures
 Example: a model and a name of your own
   mmtrain train name=wide corpus=shapes model=small model.width=384 optim.lr=5e-4 train.steps=3000
 
+Example: the diffusion baseline, on the same pictures in the same order as experiment=shapes_cpu
+  mmtrain train experiment=diffusion_baseline
+
 Example: four processes with ZeRO 3; the hosts of a file, going on without those that are lost
   mmtrain train experiment=quickstart engine=zero3 engine.ranks=4
   mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=hosts.txt engine.restarts=20

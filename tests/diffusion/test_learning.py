@@ -110,9 +110,14 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus: Corpus, tmp_pat
 
 
 def test_micro_batches_change_nothing(corpus: Corpus, tmp_path: Path) -> None:
-    whole, cut = (run(corpus, tmp_path / f"{n}", diffusion_config(3), n) for n in (1, 4))
-    assert [row["loss"] for row in cut] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
-    assert [row["flops_total"] for row in cut] == [row["flops_total"] for row in whole]
+    config = diffusion_config(3)
+    config.track.log_every = 3
+    (whole,), (cut,) = (run(corpus, tmp_path / f"{n}", config, n) for n in (1, 4))
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    learner, stream = corpus.learner(config), corpus.stream(config)
+    steps = [(learner.inputs(*stream.prepare(step), "train")[1], stream.prepare(step)[1]) for step in range(3)]
+    flops = sum(learner.flops(sums, counts.tokens, counts.rows)[0].model_causal for sums, counts in steps)
+    assert cut["flops_total"] == whole["flops_total"] == flops
 
 
 def test_flops_are_shared_between_pictures_and_captions(corpus: Corpus) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from mmtrain.config import DiffusionConfig, ImageTokenizerConfig, ModelConfig, TextTokenizerConfig, UserError
 from mmtrain.diffusion import DiffusionTransformer, build_diffusion, forward_flops, sample_latents
@@ -55,6 +56,15 @@ def test_the_straight_line_is_followed_back() -> None:
     model.predict = lambda x, t, *_: (x - picture) / (t / 1000)[:, None, None, None]  # type: ignore[method-assign]
     latents, _ = sample_latents(model, CAPTIONS, KEYS, 1.0, diffusion)
     assert np.allclose(latents, picture.numpy(), atol=1e-4)
+
+
+def test_noise_is_added_as_diffusers_adds_it() -> None:
+    diffusion = DiffusionConfig(objective="ddpm", beta_schedule="squaredcos_cap_v2")
+    latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    noisy, target, timestep = small_model(diffusion).diffuse(latents, noise, torch.tensor([0.1, 0.9]))
+    schedule = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    assert timestep.tolist() == [100.0, 900.0] and torch.equal(target, noise)
+    assert torch.allclose(noisy, schedule.add_noise(latents, noise, timestep.long()), atol=1e-6)
 
 
 def test_the_noise_is_taken_away_again() -> None:
