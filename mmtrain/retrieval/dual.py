@@ -1,7 +1,7 @@
 """The `dual` encoder: two small networks on the features of `hashed`, trained on the corpus's own pairs.
 
 Words, letter trigrams and pairs of words are looked up in one table; colors, edges and a histogram go through a small
-perceptron. A convolutional network from scratch took four times as long for a step, and found 2 of 59 pictures fewer after 100.
+perceptron. A convolutional network from scratch took four times as long for a step (2 of 59 pictures fewer after 100).
 """
 
 import hashlib
