@@ -222,12 +222,12 @@ class ModelConfig:
     @property
     def rotary(self) -> bool:
         """Whether positions turn queries and keys instead of being learned vectors."""
-        return self.family in ("chameleon", "llama")
+        return self.family not in ("cm3leon", "dit")
 
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a third matrix, that of its gate."""
-        return self.family in ("chameleon", "llama")
+        return self.family not in ("cm3leon", "dit")
 
     @property
     def is_diffusion(self) -> bool:

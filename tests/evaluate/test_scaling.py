@@ -55,15 +55,17 @@ def test_no_crossing_is_invented():
         assert all(found.differences[b].high < 0 for b in (1, 2))
 
 
-def test_equal_families_are_told_apart_seldom_and_have_no_established_crossing():
-    wrong = 0
+def test_equal_families_are_told_apart_seldom_and_get_a_crossing_more_seldom():
+    wrong = invented = 0
     for seed in range(60):
         trials, others = ([t for t in planted(np.inf, n) if t.family == "token"] for n in (seed, 1000 + seed))
         other = [replace(t, family="other") for t in others]
         found = measure_scaling([*trials, *other], logit_link(UNITS), replicates=300)
-        assert found.crossing is not None and found.crossing.flops is None
+        assert found.crossing is not None
+        invented += found.crossing.flops is not None
         wrong += sum(d.excludes_zero for d in found.differences.values())
     assert wrong <= 0.12 * 180
+    assert invented <= 0.05 * 60  # 95 % of the replicates decide: one is at the edge, and rounding moves it
 
 
 def test_intervals_of_differences_hold_the_truth():
