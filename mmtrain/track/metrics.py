@@ -6,12 +6,15 @@ what is there; the reader sorts it out.
 
 import json
 import math
+import mmap
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+TAIL_BYTES = 1 << 16
 
 
 class MetricsWriter:
@@ -69,15 +72,41 @@ def read_metrics(path: Path) -> list[Row]:
     last = -1
     with open(path, "rb") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-                step = row["step"]
-            except (ValueError, KeyError, TypeError):
+            row = parse_row(line)
+            if row is None:
                 continue
-            if type(step) is not int:
-                continue
+            step = row["step"]
             if step < last:
                 rows = {earlier: kept for earlier, kept in rows.items() if earlier < step}
             rows[step] = {**rows.get(step, {}), **row}
             last = step
     return list(rows.values())
+
+
+def parse_row(line: bytes) -> Row | None:
+    """The row in a line; None for what is no JSON object with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def last_rows(path: Path, needed: str = "", num_bytes: int = TAIL_BYTES) -> list[Row]:
+    """Rows in the last bytes of the file, as they were written: some of them, however long the run is.
+
+    needed: a key whose last row comes first in the list when it lies farther back. [] where nothing can be read.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            # From the start of a line on: what comes before the first line end is a part of one.
+            start = max(0, len(content) - num_bytes)
+            start = content.find(b"\n", start) + 1 if start else 0
+            lines = content[start:].split(b"\n")
+            found = content.rfind(b'"%s":' % needed.encode(), 0, start) if needed else -1
+            if found >= 0 and not any(b'"%s":' % needed.encode() in line for line in lines):
+                first = content.rfind(b"\n", 0, found) + 1
+                lines.insert(0, content[first : content.find(b"\n", found)])
+    except (OSError, ValueError):  # there is none, or it is empty
+        return []
+    return [row for line in lines if (row := parse_row(line)) is not None]

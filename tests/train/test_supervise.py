@@ -209,7 +209,6 @@ class Parent:
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
-    launch = importlib.import_module("mmtrain.train.launch")  # the package exports a function of this name
     (tmp_path / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
     command = [sys.executable, "-S", str(tmp_path / "launcher.py"), "launcher", "--run-dir", str(tmp_path)]
     monkeypatch.setattr(launch, "launch_command", lambda *_: (command, None))
