@@ -139,9 +139,7 @@ def read_run(folder: Path, name: str = "", held: HeldLocks | None = None) -> Run
     state, reason = _judge(folder, status, rows, step, steps, held)
     checkpoint, written = _newest_checkpoint(folder / "checkpoints")
     time_of_row = _number(numbers.get("time")) or None
-    return RunState(
-        name or folder.name, folder, state, reason, step, steps, numbers, time_of_row, checkpoint, written
-    )
+    return RunState(name or folder.name, folder, state, reason, step, steps, numbers, time_of_row, checkpoint, written)
 
 
 def _judge(
@@ -230,7 +228,8 @@ def _configured_steps(folder: Path) -> int | None:
 def _newest_checkpoint(folder: Path) -> tuple[int | None, float | None]:
     """Step of the newest complete checkpoint, and when it was written."""
     try:
-        names = sorted((int(match[1]), match[0]) for name in os.listdir(folder) if (match := CHECKPOINT.fullmatch(name)))
+        matches = filter(None, map(CHECKPOINT.fullmatch, os.listdir(folder)))
+        names = sorted((int(match[1]), match[0]) for match in matches)
     except OSError:
         return None, None
     for step, name in reversed(names):

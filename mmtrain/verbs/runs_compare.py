@@ -1,4 +1,4 @@
-"""`mmtrain runs compare`: one page of several runs, the settings that differ first, then their curves on one another."""
+"""`mmtrain runs compare`: one page of several runs, the settings that differ first, then their curves overlaid."""
 
 import os
 import shlex
@@ -139,7 +139,7 @@ def _settings(runs: Sequence[Compared], keys: Sequence[str]) -> str:
 def _results(runs: Sequence[Compared]) -> str:
     """One line per run; the lowest validation losses stand out."""
     losses = [f"val_loss{kind}" for kind in MODALITIES] + ["loss"]
-    best = {key: min((run.state.numbers.get(key, float("inf")) for run in runs)) for key in losses[:-1]}
+    best = {key: min(run.state.numbers.get(key, float("inf")) for run in runs) for key in losses[:-1]}
     rows = []
     for run in runs:
         state = run.state
@@ -161,7 +161,7 @@ def _caution(keys: Sequence[str]) -> str:
     if not found:
         return ""
     named = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-    return f"<p>Losses are per token of what each run learns from, and these differ: {text(named)}. Compare them with care.</p>"
+    return f"<p>With care: losses are per token of what each run learns from, and this differs: {text(named)}.</p>"
 
 
 def _panels(runs: Sequence[Compared], x_key: str, label: str) -> str:

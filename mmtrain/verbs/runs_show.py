@@ -131,12 +131,15 @@ def _print(run: RunState, facts: dict[str, Any], console: Console) -> None:
     if run.steps and run.goes_on and run.numbers.get("step_seconds"):
         say(f"about {duration((run.steps - run.step) * run.numbers['step_seconds'])} of steps to go")
 
-    rows = [[kind.strip("_") or "all", *(number(run, f"{prefix}loss{kind}", "{:.4f}".format) for prefix in ("", "val_"))]
-            for kind in MODALITIES]  # fmt: skip
-    _section(console, "losses", ("tokens", "training", "validation"), [r for r in rows if any(r[1:])])
+    rows = []
+    for kind in MODALITIES:
+        losses = [number(run, f"{prefix}loss{kind}", "{:.4f}".format) for prefix in ("", "val_")]
+        rows += [[kind.strip("_") or "all", *losses]] if any(losses) else []
+    _section(console, "losses", ("tokens", "training", "validation"), rows)
     settings = facts["settings"]
     changed = [[key, *pair] for key, pair in settings.get("changed", {}).items()]
-    _section(console, f"settings that are not those of {settings.get('from')}", ("", "there", "here"), changed, settings)
+    title = f"settings that are not those of {settings.get('from', 'the experiment')}"
+    _section(console, title, ("", "there", "here"), changed, settings)
     books = facts["ledger"]
     spent = books.get("spent_total") or 1
     lines = [[name, scientific(flops), f"{flops / spent:.1%}"] for name, flops in books.items() if name != "unreadable"]
@@ -151,7 +154,7 @@ def _print(run: RunState, facts: dict[str, Any], console: Console) -> None:
     lines = [
         [name, "", entry["unreadable"], ""]
         if "unreadable" in entry
-        else [name, f"{entry['bytes'] / 1e6:,.1f} MB", age(entry["time"]), "kept for good" if entry["permanent"] else ""]
+        else [name, f"{entry['bytes'] / 1e6:,.1f} MB", age(entry["time"]), "kept for good" * entry["permanent"]]
         for name, entry in facts["checkpoints"].items()
     ]
     _section(console, "checkpoints", ("", "size", "written", ""), lines)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import ROUNDED
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -70,7 +70,9 @@ def _panel(run: RunState) -> Panel:
     for heading in ("loss", "training", "validation"):
         losses.add_column(heading, justify="left" if heading == "loss" else "right")
     for name, suffix in MODALITIES.items():
-        losses.add_row(name, *(number(run, f"{prefix}loss{suffix}", "{:.4f}".format) for prefix in ("", "val_")))
+        values = [number(run, f"{prefix}loss{suffix}", "{:.4f}".format) for prefix in ("", "val_")]
+        if any(values):
+            losses.add_row(name, *values)
     numbers = run.numbers
     facts = {
         "tokens": number(run, "tokens", human),
@@ -95,7 +97,8 @@ def _panel(run: RunState) -> Panel:
     if run.reason:
         head.append(f"  {run.reason}", "red")
     bar = ProgressBar(total=max(1, run.steps or 1), completed=run.step, width=60)
-    return Panel(Group(head, bar, losses, shown), title=Text(run.name), title_align="left", box=ROUNDED, expand=False)
+    parts: list[RenderableType] = [head, bar, *([losses] if losses.row_count else []), shown]
+    return Panel(Group(*parts), title=Text(run.name), title_align="left", box=ROUNDED, expand=False)
 
 
 def _plain(folder: Path, seconds: float, console: Console) -> RunState:

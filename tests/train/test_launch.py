@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from mmtrain.config import Config, UserError
-from mmtrain.train import launch
 from mmtrain.train.forward import environment_script, launcher_environment, write_environment
 from mmtrain.train.hosts import end_workers, fit, read_hostfile, write_hostfile
 from mmtrain.train.launch import check_batch, launch_command, num_ranks

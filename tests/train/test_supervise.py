@@ -1,6 +1,5 @@
 """A run that goes on by itself: restarts, hosts that are gone, giving up, stopping."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from mmtrain.config import Config, UserError
+from mmtrain.train import launch
 from mmtrain.train import supervise as supervise_module
 from mmtrain.train.checkpoint import MANIFEST
 from mmtrain.train.status import Status, read_status, write_status
