@@ -14,7 +14,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 14
 
 
 class MetricsWriter:
@@ -93,20 +93,25 @@ def parse_row(line: bytes) -> Row | None:
 
 
 def last_rows(path: Path, needed: str = "", num_bytes: int = TAIL_BYTES) -> list[Row]:
-    """Rows in the last bytes of the file, as they were written: some of them, however long the run is.
+    """Rows in the last bytes of the file (more where no row ends in them), as they were written.
 
     needed: a key whose last row comes first in the list when it lies farther back. [] where nothing can be read.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            # From the start of a line on: what comes before the first line end is a part of one.
             start = max(0, len(content) - num_bytes)
-            start = content.find(b"\n", start) + 1 if start else 0
-            lines = content[start:].split(b"\n")
-            found = content.rfind(b'"%s":' % needed.encode(), 0, start) if needed else -1
-            if found >= 0 and not any(b'"%s":' % needed.encode() in line for line in lines):
-                first = content.rfind(b"\n", 0, found) + 1
-                lines.insert(0, content[first : content.find(b"\n", found)])
+            # What comes before the first line end is the rest of a line.
+            lines = content[content.find(b"\n", start) + 1 if start else 0 :].split(b"\n")
+            rows = [row for line in lines if (row := parse_row(line)) is not None]
+            if needed and not any(needed in row for row in rows):
+                key = content.rfind(b'"%s":' % needed.encode())
+                line_end = content.find(b"\n", key)
+                if (
+                    key >= 0
+                    and line_end >= 0
+                    and (row := parse_row(content[content.rfind(b"\n", 0, key) + 1 : line_end]))
+                ):
+                    rows.insert(0, row)
     except (OSError, ValueError):  # there is none, or it is empty
         return []
-    return [row for line in lines if (row := parse_row(line)) is not None]
+    return rows or (last_rows(path, needed, 16 * num_bytes) if start else [])

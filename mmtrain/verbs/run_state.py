@@ -28,8 +28,9 @@ GOING_ON = (RUNNING, STALLED)
 CONFIG, METRICS, SWEEP, LAST = "config.yaml", "metrics.jsonl", "sweep.json", "last"
 LOCKS = (".lock", ".sweep.lock")  # of the worker of rank 0, and of the job of a sweep
 CHECKPOINT = re.compile(r"step-(\d{8,})")
-STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
+STEPS = re.compile(rb"^train:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
 LAST_LINE_BYTES = 4096
+MANY_BYTES = 1 << 20
 
 # A run is stalled when its last row is this many times as old as the longest pause between rows that it had before.
 STALL_FACTOR = 5.0
@@ -129,11 +130,12 @@ def read_run(folder: Path, name: str = "", held: HeldLocks | None = None) -> Run
     held = held or HeldLocks()
     status = read_status(folder)
     rows = last_rows(folder / METRICS, needed="val_loss")
-    numbers: Row = {}
+    merged: Row = {}
     for row in rows:
-        infinite = found if isinstance(found := row.get("non_finite"), dict) else {}
-        numbers |= {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        numbers |= dict.fromkeys(infinite, math.nan)
+        merged |= row
+        if isinstance(infinite := row.get("non_finite"), dict):
+            merged |= dict.fromkeys(infinite, math.nan)
+    numbers = {key: value for key, value in merged.items() if isinstance(value, (int, float))}
     step = int(numbers.get("step", 0))
     steps = _configured_steps(folder)
     state, reason = _judge(folder, status, rows, step, steps, held)
@@ -153,7 +155,8 @@ def _judge(
     if not here and status and status.state in (STOPPED, FAILED):
         return status.state, status.reason
     began = max(_number(status and status.time), _number(attempt.get("time")) * (attempt.get("event") == "start"))
-    is_late = began > 0 and _is_late(rows, began)
+    # Evaluation and checkpoints pause the rows, too: before a run is called late, all of its latest ones are asked.
+    is_late = began > 0 and _is_late(rows, began) and _is_late(last_rows(folder / METRICS, num_bytes=MANY_BYTES), began)
     if here:
         return (STALLED, _silence(rows)) if is_late and status and status.state == RUNNING else (RUNNING, "")
     if status is None:
@@ -219,7 +222,7 @@ def _last_line(path: Path) -> dict[str, Any]:
 def _configured_steps(folder: Path) -> int | None:
     """train.steps, as `freeze` writes it; YAML would take most of the time of a listing."""
     try:
-        found = STEPS.search((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
+        found = STEPS.search((folder / CONFIG).read_bytes())
     except OSError:
         return None
     return int(found[1]) if found else None

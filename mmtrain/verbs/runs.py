@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mmtrain.config import UserError
@@ -20,6 +19,7 @@ ROOT = "runs"
 WIDTH_OF_FILES = 160
 OPTIONS = {"ls": ("root",), "show": ("root",), "compare": ("root", "out"), "watch": ("root", "every")}
 COLORS = {RUNNING: "green", FINISHED: "blue", STOPPED: "yellow", STALLED: "bold red", FAILED: "red"}
+HEADINGS = ("run", "state", "step", "tokens", "loss", "validation", "MFU causal", "FLOPs", "checkpoint", "last row")
 # What `--json` gives of metrics.jsonl.
 NUMBERS = ("tokens", "loss", "loss_text", "loss_image", "val_loss", "val_loss_text", "val_loss_image", "mfu_causal",
            "mfu_palm", "hfu", "tokens_per_second", "step_seconds", "flops_total")  # fmt: skip
@@ -87,21 +87,34 @@ def as_plain(run: RunState) -> dict[str, Any]:
 
 
 def _print(runs: Sequence[RunState]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    headings = ("step", "tokens", "loss", "validation", "MFU causal", "FLOPs", "checkpoint", "last row")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        table.add_row(Text(run.name), Text(run.state, COLORS.get(run.state, "")), *cells(run))
+    """A table and the reasons below it; rich would take longer to lay out a thousand lines than they take to read."""
+    table = [HEADINGS, *((run.name, run.state, *cells(run)) for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        [
+            cell.ljust(width) if number < 2 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in table
+    ]
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = WIDTH_OF_FILES
-    console.print(table)
+    for number, line in enumerate(lines):
+        words = printable("  ".join(line).rstrip())
+        if console.is_terminal:
+            text = Text(words, "bold" if number == 0 else "")
+            if number:
+                text.stylize(COLORS.get(runs[number - 1].state, ""), widths[0] + 2, widths[0] + 2 + widths[1])
+            console.print(text, soft_wrap=True)
+        else:
+            print(words)
     for run in runs:
         if run.reason and run.state != FINISHED:
-            console.print(Text(f"{run.name} {run.state}: {run.reason}"), soft_wrap=True)
+            print(printable(f"{run.name} {run.state}: {run.reason}"))
+
+
+def printable(words: str) -> str:
+    """`words` without what would move the cursor, or reorder what follows: names of folders may be another's."""
+    return words if words.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
 def cells(run: RunState) -> list[str]:

@@ -28,7 +28,7 @@ STYLE = """
 .swatch { display: inline-block; width: 0.85em; height: 0.85em; border-radius: 3px; margin-right: 6px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 18px; }
 .panels figcaption { margin: 0 0 4px; color: var(--ink); font-weight: 600; }
-th, th.number { white-space: normal; vertical-align: bottom; }
+th, th.number { white-space: normal; overflow-wrap: normal; vertical-align: bottom; }
 td:first-child { min-width: 15em; } td { min-width: 4.5em; overflow-wrap: break-word; }
 """
 

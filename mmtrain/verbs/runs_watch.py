@@ -96,7 +96,8 @@ def _panel(run: RunState) -> Panel:
         head.append(f"  {duration(left * numbers['step_seconds'])} of steps to go")
     if run.reason:
         head.append(f"  {run.reason}", "red")
-    bar = ProgressBar(total=max(1, run.steps or 1), completed=run.step, width=60)
+    bar = Table.grid()  # a bar alone ends no line
+    bar.add_row(ProgressBar(total=max(1, run.steps or 1), completed=run.step, width=60))
     parts: list[RenderableType] = [head, bar, *([losses] if losses.row_count else []), shown]
     return Panel(Group(*parts), title=Text(run.name), title_align="left", box=ROUNDED, expand=False)
 
