@@ -96,7 +96,7 @@ def check_command(words: list[str]) -> None:
         assert all(word.startswith("out=") for word in settings), settings
         return
     if verb == "runs":
-        assert others[:1] in (["ls"], ["show"], ["compare"], ["watch"]), others
+        assert others[:1] in ([], ["ls"], ["show"], ["compare"], ["watch"]), others
         assert {word.partition("=")[0] for word in settings} <= {"root", "out", "every"}, settings
         return
     if verb == "checkpoint":

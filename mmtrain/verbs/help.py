@@ -334,9 +334,9 @@ mmtrain doctor [--json] [settings]
 Checks versions (also those that are known to be bad together), devices, memory, limits, /dev/shm, disks and that files
 there survive a rename, apt-get, DeepSpeed, network interfaces and InfiniBand, the port, W&B and its key. With the
 settings of a run: whether its checkpoints fit on the disk, one decoded document of each corpus that is built, the
-vocabulary of token shards against the model, and a small all-reduce with a time limit over all ranks of this machine, or
-of every host of engine.hostfile. Says of each whether it is well and, where not, how to mend it. Exit code 0: well, or
-warnings only; 1: something fails.
+vocabulary of token shards against the model, and a small all-reduce with a time limit over all ranks: of this machine,
+or of every host of engine.hostfile. Says of each whether it is well and, where not, how to mend it. Exit code 0: well,
+or warnings only; 1: something fails.
 
 Example
   mmtrain doctor
