@@ -155,8 +155,7 @@ def _judge(
     if not here and status and status.state in (STOPPED, FAILED):
         return status.state, status.reason
     began = max(_number(status and status.time), _number(attempt.get("time")) * (attempt.get("event") == "start"))
-    # Evaluation and checkpoints pause the rows, too: before a run is called late, all of its latest ones are asked.
-    is_late = began > 0 and _is_late(rows, began) and _is_late(last_rows(folder / METRICS, num_bytes=MANY_BYTES), began)
+    is_late = began > 0 and _is_late(folder / METRICS, rows, began)
     if here:
         return (STALLED, _silence(rows)) if is_late and status and status.state == RUNNING else (RUNNING, "")
     if status is None:
@@ -184,15 +183,21 @@ def _is_minded(attempt: dict[str, Any]) -> bool:
         return False
 
 
-def _is_late(rows: list[Row], began: float) -> bool:
-    """Whether the next row should long be there; began: the last start."""
-    times = [_number(row.get("time")) for row in rows]
-    if not times or times[-1] < began:
+def _is_late(file: Path, rows: list[Row], began: float) -> bool:
+    """Whether the next row should long be there; rows: the last ones; began: the last start."""
+    last = _number(rows[-1].get("time")) if rows else 0.0
+    if last < began:
         return time.time() - began > FIRST_ROW_SECONDS
-    pauses = [later - earlier for earlier, later in zip([began, *times], times, strict=False) if earlier >= began]
-    steps = rows[-1]["step"] - (rows[-2]["step"] if len(rows) > 1 else 0)
-    pauses.append(_number(rows[-1].get("step_seconds")) * steps)
-    return time.time() - times[-1] > max(STALL_SECONDS, STALL_FACTOR * max(pauses))
+    silence = time.time() - last
+    if silence < STALL_SECONDS:
+        return False
+    # Evaluation and checkpoints pause the rows, too: many of them are asked before a run is called late.
+    recent = [row for row in last_rows(file, num_bytes=MANY_BYTES) if _number(row.get("time")) >= began]
+    times = [_number(row.get("time")) for row in recent]
+    pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)] or [last - began]
+    if len(recent) > 1:
+        pauses.append(_number(recent[-1].get("step_seconds")) * (recent[-1]["step"] - recent[-2]["step"]))
+    return silence > STALL_FACTOR * max(pauses)
 
 
 def _number(value: Any) -> float:

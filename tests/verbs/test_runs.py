@@ -61,7 +61,9 @@ def make(folder, words=(), steps=10, state="finished", host=None, minded=False, 
     if state:
         write_status(folder, state, steps, "SIGTERM" if state == "stopped" else "")
         status = json.loads((folder / "status.json").read_text())
-        (folder / "status.json").write_text(json.dumps(status | {"time": time.time() - shown.get("ago", 0) - 100}))
+        (folder / "status.json").write_text(
+            json.dumps(status | {"time": time.time() - shown.get("ago", 0) - steps - 100})
+        )
         if state != "running":
             end_segment(folder, steps, state)
     checkpoint = folder / "checkpoints" / "step-00000010"
@@ -105,7 +107,7 @@ def test_a_run_is_what_its_files_and_its_processes_say(root):
                                                     (sweep_job.CLAIM, 0, "running")])  # fmt: skip
 def test_who_holds_the_lock_trains_and_is_late_by_its_own_measure(root, lock, ago, state):
     assert lock in run_state.LOCKS
-    folder = make(root / "run", state="running", ago=ago)
+    folder = make(root / "run", state="running", ago=ago, steps=5000)  # more than what is read of them
     with open(folder / lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert read_run(folder).state == state
