@@ -95,6 +95,10 @@ def check_command(words: list[str]) -> None:
     if verb == "report" and others[:1] == ["compare"]:
         assert all(word.startswith("out=") for word in settings), settings
         return
+    if verb == "runs":
+        assert others[:1] in ([], ["ls"], ["show"], ["compare"], ["watch"]), others
+        assert {word.partition("=")[0] for word in settings} <= {"root", "out", "every"}, settings
+        return
     if verb == "checkpoint":
         assert others[:1] in (["ls"], ["verify"], ["prune"], ["diff"]), others
         return

@@ -7,8 +7,10 @@ much). An unknown device, a slice of one (MIG) or another precision has no peak 
 import re
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # seconds to import, and a table needs none of it
+    import torch
 
 SCALING_BOOK = "jax-ml/scaling-book tpus.md@0819a7d"
 TORCHTITAN = "pytorch/torchtitan torchtitan/tools/utils.py get_peak_flops@b5bcd76"
@@ -75,25 +77,28 @@ def find_device(name: str) -> Device | None:
     return next((device for device in DEVICES if re.search(device.pattern, name, re.IGNORECASE)), None)
 
 
-def peak_flops(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """Published peak of the accelerator `name` in FLOP/s for `dtype`; None when unknown."""
-    if dtype not in (torch.bfloat16, torch.float16):
+def peak_flops(name: str, dtype: "torch.dtype | None" = None) -> float | None:
+    """Published peak of the accelerator `name` in FLOP/s for `dtype` (None: bfloat16); None when unknown."""
+    if dtype is not None and str(dtype) not in ("torch.bfloat16", "torch.float16"):
         return None
     device = find_device(name)
     return device.peak if device else None
 
 
 def measured_matmul_rate(
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: "torch.dtype | None" = None,
     threads: int | None = None,
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     seconds: float = 1.0,
 ) -> float:
     """FLOP/s of square matrix products on this machine, the best of up to 8 rounds that take about `seconds`.
 
-    A yardstick where no peak is published (CPUs): an MFU against it must say so. threads: CPU threads to use
-    (None: torch's current number, which is restored afterwards in any case).
+    A yardstick where no peak is published (CPUs): an MFU against it must say so. dtype: default bfloat16. threads: CPU
+    threads to use (None: torch's current number, which is restored afterwards in any case).
     """
+    import torch
+
+    dtype = dtype or torch.bfloat16
     device = torch.device(device)
     on_gpu = device.type != "cpu"
     size = 8192 if on_gpu else 1024

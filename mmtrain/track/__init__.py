@@ -7,7 +7,6 @@ secret may reach a file, the console or a server.
 from mmtrain.track.console import Console, closing_box
 from mmtrain.track.goodput import Goodput, end_segment, goodput, start_segment
 from mmtrain.track.metrics import MetricsWriter, read_metrics
-from mmtrain.track.report import ReportData, write_report
 from mmtrain.track.secrets import redact
 from mmtrain.track.tracker import Tracker
 from mmtrain.track.wandb_sink import WandbSink
@@ -16,7 +15,6 @@ __all__ = [
     "Console",
     "Goodput",
     "MetricsWriter",
-    "ReportData",
     "Tracker",
     "WandbSink",
     "closing_box",
@@ -25,5 +23,4 @@ __all__ = [
     "read_metrics",
     "redact",
     "start_segment",
-    "write_report",
 ]

@@ -2,10 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 TOTAL, TEXT, IMAGE, SPECIAL, SOFT = "#33383d", "#2f6f9f", "#c8772e", "#7a8a4f", "#656d76"
 SMOOTH_FROM = 60  # points; fewer are drawn as they are
+RUNS = (TEXT, IMAGE, "#b3262e", SPECIAL, "#6b4c9a", "#3aa6a0", "#d4a017", "#a0587c", TOTAL, "#8c6d46")
+START = 0.03  # of the x axis: the fall of the loss there does not set the scale
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str, x_key: str) -> tuple[list[float], list[float]]:
@@ -16,12 +19,10 @@ def series(rows: Sequence[Mapping[str, Any]], key: str, x_key: str) -> tuple[lis
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Mean over a centered window, narrower at the ends."""
-    half = window // 2
-    means = []
-    for index in range(len(values)):
-        around = values[max(0, index - half) : index + half + 1]
-        means.append(sum(around) / len(around))
-    return means
+    half, last = window // 2, len(values)
+    sums = [0.0, *accumulate(values)]
+    ends = ((max(0, index - half), min(last, index + half + 1)) for index in range(last))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def loss_curves(rows: Sequence[Mapping[str, Any]], unit: str = "nats per token") -> bytes | None:
@@ -87,6 +88,59 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], unit: str = "nats per token")
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def run_colors(number: int) -> list[str]:
+    """A color for each of so many runs; beyond ten, in the order of the rainbow."""
+    if number <= len(RUNS):
+        return list(RUNS[:number])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["turbo"](0.05 + 0.9 * index / (number - 1))) for index in range(number)]
+
+
+def overlay(runs: Sequence[Sequence[Mapping[str, Any]]], key: str, x_key: str, label: str) -> bytes | None:
+    """PNG of one number of several runs over another, in `run_colors`; None where no run has both.
+
+    runs: rows of `read_metrics` of each; label: of the x axis.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    lines = [series(rows, key, x_key) for rows in runs]
+    if not any(x for x, _ in lines):
+        return None
+    figure = Figure(figsize=(4.8, 3.1), dpi=200, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    shown = _power if "flops" in x_key else _short
+    longest = max(x[-1] for x, _ in lines if x)
+    settled: list[float] = []
+    for (x, y), color in zip(lines, run_colors(len(lines)), strict=True):
+        if len(x) >= SMOOTH_FROM:
+            axes.plot(x, y, color=color, linewidth=0.5, alpha=0.2)
+            y = smoothed(y, max(3, len(y) // 40))
+        few = len(x) < SMOOTH_FROM // 2
+        axes.plot(x, y, color=color, linewidth=1.7, marker="o" if few else None, markersize=4)
+        settled += [value for at, value in zip(x, y, strict=True) if at >= START * longest]
+    low, high = min(settled), max(settled)
+    margin = 0.06 * (high - low) or 0.01 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    axes.grid(True, color="#e6e8ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+    axes.set_xlabel(label, fontsize=10, color=SOFT)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _power(value: float) -> str:
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def _short(value: float) -> str:

@@ -6,12 +6,15 @@ what is there; the reader sorts it out.
 
 import json
 import math
+import mmap
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+TAIL_BYTES = 1 << 14
 
 
 class MetricsWriter:
@@ -69,15 +72,46 @@ def read_metrics(path: Path) -> list[Row]:
     last = -1
     with open(path, "rb") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-                step = row["step"]
-            except (ValueError, KeyError, TypeError):
+            row = parse_row(line)
+            if row is None:
                 continue
-            if type(step) is not int:
-                continue
+            step = row["step"]
             if step < last:
                 rows = {earlier: kept for earlier, kept in rows.items() if earlier < step}
             rows[step] = {**rows.get(step, {}), **row}
             last = step
     return list(rows.values())
+
+
+def parse_row(line: bytes) -> Row | None:
+    """The row in a line; None for what is no JSON object with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def last_rows(path: Path, needed: str = "", num_bytes: int = TAIL_BYTES) -> list[Row]:
+    """Rows in the last bytes of the file (more where no row ends in them), as they were written.
+
+    needed: a key whose last row comes first in the list when it lies farther back. [] where nothing can be read.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = max(0, len(content) - num_bytes)
+            # What comes before the first line end is the rest of a line.
+            lines = content[content.find(b"\n", start) + 1 if start else 0 :].split(b"\n")
+            rows = [row for line in lines if (row := parse_row(line)) is not None]
+            if needed and not any(needed in row for row in rows):
+                key = content.rfind(b'"%s":' % needed.encode())
+                line_end = content.find(b"\n", key)
+                if (
+                    key >= 0
+                    and line_end >= 0
+                    and (row := parse_row(content[content.rfind(b"\n", 0, key) + 1 : line_end]))
+                ):
+                    rows.insert(0, row)
+    except (OSError, ValueError):  # there is none, or it is empty
+        return []
+    return rows or (last_rows(path, needed, 16 * num_bytes) if start else [])

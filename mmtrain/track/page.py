@@ -68,8 +68,8 @@ img.plot { width: 100%; background: #fff; border-radius: 10px; padding: 8px; bor
 td.share { width: 42%; vertical-align: middle; }
 pre { background: var(--card); border-radius: 10px; padding: 14px 16px; overflow-x: auto; font-size: 0.88rem;
   line-height: 1.6; font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-nav { margin: 18px 0 0; font-size: 0.92rem; } nav a { color: var(--accent); margin-right: 16px; text-decoration: none;
-  white-space: nowrap; }
+nav { margin: 18px 0 0; font-size: 0.92rem; display: flex; flex-wrap: wrap; gap: 4px 16px; }
+nav a { color: var(--accent); text-decoration: none; white-space: nowrap; }
 @media print { body { max-width: none; } h2, .card, tr { break-inside: avoid; } }
 """
 

@@ -107,8 +107,13 @@ def end_descendants() -> None:
             process.kill()
 
 
-def launch_command(run_dir: Path, config: Config, hosts: dict[str, int]) -> tuple[list[str], dict[str, str]]:
-    """The launcher's command line and environment; for hosts, writes RUN/hostfile and a script with the environment."""
+def launch_command(
+    run_dir: Path, config: Config, hosts: dict[str, int], module: str = WORKER
+) -> tuple[list[str], dict[str, str]]:
+    """The launcher's command line and environment; for hosts, writes RUN/hostfile and a script with the environment.
+
+    module: what each rank runs, with --run-dir.
+    """
     import torch  # noqa: PLC0415
 
     run_dir = run_dir.resolve()
@@ -134,7 +139,7 @@ def launch_command(run_dir: Path, config: Config, hosts: dict[str, int]) -> tupl
         chosen = environment.pop("CUDA_VISIBLE_DEVICES", "") if torch.cuda.is_available() else ""
         command += ["--hostfile", "/dev/null", *_processes(per_host, chosen)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(config.engine.master_port or free_port())]
-    return [*command, "--module", WORKER, "--run-dir", str(run_dir)], environment
+    return [*command, "--module", module, "--run-dir", str(run_dir)], environment
 
 
 def _processes(ranks: int, chosen: str) -> list[str]:

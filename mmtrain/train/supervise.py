@@ -6,6 +6,7 @@ Every start and end is a line of RUN/attempts.jsonl.
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -116,9 +117,13 @@ def record(
     cause: str | None = None,
     when: float | None = None,
 ) -> None:
-    """Append a start or an end to RUN/attempts.jsonl; a start without an end was killed together with its parent."""
+    """Append a start or an end to RUN/attempts.jsonl; a start without an end was killed together with its parent.
+
+    pid and host are those of this process: while it lives, an end may be followed by another start.
+    """
     row: dict[str, Any] = {"event": event, "time": when or time.time(), "hosts": list(hosts), "ranks": ranks}
     row |= {"code": code, "cause": cause, "step": newest_step(run_dir)}
+    row |= {"pid": os.getpid(), "host": socket.gethostname()}
     with open(run_dir / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()

@@ -13,6 +13,7 @@ VERBS: dict[str, str] = {
     "flops": "compute of published models, of a configuration, of a run",
     "plan": "memory, time, communication and cost of a run on a cluster, before it",
     "report": "write report.html of a run",
+    "runs": "list, show, compare and watch runs",
     "checkpoint": "list, verify, prune and compare the checkpoints of a run",
     "doctor": "check this machine and say how to mend what is wrong",
 }
@@ -261,6 +262,31 @@ Example
   mmtrain report ablation sweep=runs/ablate_retrieval baseline=none
   mmtrain report compare runs/iso_flop
 """,
+    "runs": """\
+mmtrain runs ls [PATTERN ...] [--json] [root=DIR]
+mmtrain runs show [RUN] [--json] [root=DIR]
+mmtrain runs compare RUN RUN ... | SWEEP_FOLDER [out=FILE.html] [root=DIR]
+mmtrain runs watch [RUN] [every=SECONDS] [root=DIR]
+
+ls       a line for each run under root=DIR (runs), jobs of sweeps included: state, step, tokens, losses of training and
+         validation, MFU (model FLOPs, causal), training FLOPs, last checkpoint, age of the last row.
+show     one run: settings that differ from its experiment's, losses by modality, the compute ledger, goodput,
+         checkpoints, W&B, and where everything is.
+compare  writes one HTML page: settings that differ, then curves of validation and training loss, by modality, over
+         tokens and over training FLOPs. SWEEP_FOLDER: all of its jobs.
+watch    follows a run until it ends (on a terminal: in place); Ctrl-C ends the watching, not the run. Exit code 0 when
+         it finished or was stopped, 1 when it failed.
+
+States: waiting (not started), running, stalled (its last row is five times as old as its longest pause between rows
+before, and a minute at least), finished, stopped (asked to), failed (also: killed), unknown. A RUN is a folder, a name
+under root, or the name of a job; without one, the last that was trained. Nothing is written but the page.
+
+Example
+  mmtrain runs ls 'lr_grid/*'
+  mmtrain runs show quickstart
+  mmtrain runs compare runs/lr_grid
+  mmtrain runs watch quickstart
+""",
     "checkpoint": """\
 mmtrain checkpoint [ls | verify [CHECKPOINT ...] | prune keep=N [dry] | diff A B] [run=FOLDER|name=NAME]
 
@@ -305,13 +331,17 @@ Example: tune Llama 2 on pictures of your own
     "doctor": """\
 mmtrain doctor [--json] [settings]
 
-Checks versions, devices, memory, disk, that files in the run folder survive a rename, apt-get, DeepSpeed
-and W&B; says of each whether it is well and, where not, how to mend it. Exit code 0: well, or warnings
-only; 1: something fails.
+Checks versions (also those that are known to be bad together), devices, memory, limits, /dev/shm, disks and that files
+there survive a rename, apt-get, DeepSpeed, network interfaces and InfiniBand, the port, W&B and its key. With the
+settings of a run: whether its checkpoints fit on the disk, one decoded document of each corpus that is built, the
+vocabulary of token shards against the model, and a small all-reduce with a time limit over all ranks: of this machine,
+or of every host of engine.hostfile. Says of each whether it is well and, where not, how to mend it. Exit code 0: well,
+or warnings only; 1: something fails.
 
 Example
   mmtrain doctor
   mmtrain doctor --json root=/scratch/runs
+  mmtrain doctor experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=hosts.txt
 """,
 }
 for _verb in CONFIGURED:

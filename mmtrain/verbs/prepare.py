@@ -61,10 +61,7 @@ def prepare_documents(config: Config) -> dict[str, Path]:
     for name, corpus in config.sources.items():
         if corpus.tokens:
             continue
-        settings = {key: value for key, value in asdict(corpus).items() if key not in NOT_IN_BYTES}
-        settings |= {key: _path_fingerprint(key, settings[key]) for key in ("path", "image_folder") if settings[key]}
-        key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
-        final = _folder(config, name, "documents", key)
+        final = documents_folder(config, name)
         for other in final.parent.glob(".documents-*.partial"):
             if other.name != f".{final.name}.partial":
                 print(f"  {os.path.relpath(other)} is an unfinished build of other settings or files; delete it if "
@@ -75,6 +72,14 @@ def prepare_documents(config: Config) -> dict[str, Path]:
         account.add(facts)
         judge(account, sum(part["documents"] for part in facts["partitions"]), corpus)
     return folders
+
+
+def documents_folder(config: Config, name: str) -> Path:
+    """Where the document shards of a source are or will be. Raises UserError where there is nothing to read."""
+    settings = {key: value for key, value in asdict(config.sources[name]).items() if key not in NOT_IN_BYTES}
+    settings |= {key: _path_fingerprint(key, settings[key]) for key in ("path", "image_folder") if settings[key]}
+    key = fingerprint(FORMAT, settings, config.clean, config.dedupe, config.data.shard_bytes)
+    return _folder(config, name, "documents", key)
 
 
 def prepare_text_tokenizer(config: Config, documents: dict[str, Path]) -> Path:

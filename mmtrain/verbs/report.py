@@ -13,7 +13,8 @@ from mmtrain.flops import OwnRun, comparison_figure, compute_table
 from mmtrain.generate import SamplingSettings
 from mmtrain.retrieval import Neighbours, window_document
 from mmtrain.shards import DocumentShards
-from mmtrain.track import ReportData, closing_box, goodput, read_metrics, write_report
+from mmtrain.track import closing_box, goodput, read_metrics
+from mmtrain.track.report import ReportData, write_report
 from mmtrain.verbs import ablation, report_compare
 from mmtrain.verbs.data import describe, left_out
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress

@@ -18,6 +18,7 @@ from mmtrain.tokens import MODALITIES
 from mmtrain.track import read_metrics
 from mmtrain.train.checkpoint import newest, sealed
 from mmtrain.train.plan import make_plan
+from mmtrain.verbs.doctor_data import check_sources, check_vocabulary
 from mmtrain.verbs.generate import shown
 from mmtrain.verbs.trained import open_trained
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
@@ -63,6 +64,23 @@ def test_a_checkpoint_has_the_bytes_that_are_planned(smoke: Smoke) -> None:
     assert written
     vocabulary_size = written.shapes["token_embedding.weight"][0]
     assert make_plan(config, vocabulary_size).checkpoint_bytes == pytest.approx(written.num_bytes, rel=0.01)
+
+
+def test_it_is_listed_shown_and_found_well(here: Smoke, capsys) -> None:
+    assert cli.main(["runs", "ls", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["state"], run["step"], run["steps"], run["checkpoint_step"]) == ("finished", STEPS, STEPS, STEPS)
+    assert run["val_loss"] == read_metrics(here.run / "metrics.jsonl")[-1]["val_loss"] and run["flops_total"] > 0
+    assert cli.main(["runs", "show", "smoke", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["settings"]["changed"]) == {"train.steps", "train.checkpoint_every"}
+    assert facts["ledger"]["train_text"] > 0 and facts["goodput"]["ratio"] > 0 and len(facts["checkpoints"]) == 2
+    assert len(facts["wandb"]["not_uploaded"]) == 1
+    assert cli.main(["runs", "watch"]) == 0
+    assert capsys.readouterr().out.endswith(f"smoke finished at step {STEPS} of {STEPS}\n")
+    config = load_frozen(here.run / "config.yaml")
+    found = [*check_sources(config), *check_vocabulary(config)]
+    assert [finding.status for finding in found] == ["pass", "pass"], found
 
 
 def test_the_run_directory_tells_how_it_was_made(smoke: Smoke) -> None:

@@ -16,7 +16,6 @@ from mmtrain.train.forward import environment_script, launcher_environment, writ
 from mmtrain.train.hosts import end_workers, fit, read_hostfile, write_hostfile
 from mmtrain.train.launch import check_batch, launch_command, num_ranks
 
-launch = importlib.import_module("mmtrain.train.launch")  # the package exports a function of this name
 SCRIPTS = Path(__file__).parents[2] / "launch"
 HOSTS = {"node-1": 2, "node-2": 1}
 

@@ -1,6 +1,5 @@
 """A run that goes on by itself: restarts, hosts that are gone, giving up, stopping."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from mmtrain.config import Config, UserError
+from mmtrain.train import launch
 from mmtrain.train import supervise as supervise_module
 from mmtrain.train.checkpoint import MANIFEST
 from mmtrain.train.status import Status, read_status, write_status
@@ -209,7 +209,6 @@ class Parent:
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
-    launch = importlib.import_module("mmtrain.train.launch")  # the package exports a function of this name
     (tmp_path / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
     command = [sys.executable, "-S", str(tmp_path / "launcher.py"), "launcher", "--run-dir", str(tmp_path)]
     monkeypatch.setattr(launch, "launch_command", lambda *_: (command, None))
