@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mmtrain.track.wandb_run import Mode, WandbRun, first_line
+from mmtrain.track.wandb_run import Mode, WandbRun, explain, first_line
 
 LOCK = "wandb/.lock"
 POLL_SECONDS = 1.0
@@ -56,12 +56,14 @@ class Orders:
 
 def follow(run_dir: Path, mode: Mode, orders: Orders) -> bool:
     """Send the run until training ends; False when W&B did not take all of it."""
-    wandb_run = None
+    wandb_run, said = None, ""
     while wandb_run is None:
         try:
             wandb_run = WandbRun(run_dir, mode, run_dir, FINISH_SECONDS)
         except (Exception, SystemExit) as error:  # wandb.teardown() may call sys.exit()
-            say(f"W&B cannot be reached ({first_line(error)}); training goes on, and its rows are kept.")
+            if (why := explain(error)) != said:
+                say(f"{why}; training goes on, and its rows are kept for W&B.")
+                said = why
             if mode == "offline" or not wait_for_another_try(orders):
                 return False
     if mode == "online":

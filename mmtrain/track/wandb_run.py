@@ -1,7 +1,7 @@
 """A run directory as a run on W&B, on its server or in an offline file: the only place that calls wandb.
 
-Row number n of metrics.jsonl is step n of W&B's own count. So W&B itself knows where to go on: nothing is sent twice, and
-nothing left out, whatever died in between.
+Row number n of metrics.jsonl is step n of W&B's own count. So W&B itself knows where to go on: nothing is sent twice,
+and nothing left out, whatever died in between.
 """
 
 import json
@@ -28,6 +28,7 @@ ANSWER_SECONDS = 30.0  # for one request; then it is sent again
 DEFAULT_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}  # before and since wandb 0.31
 CHECKPOINT = re.compile(r"step-(\d{8,})")
 MOST_SAMPLES = 200  # of one folder
+REFUSED = ("401", "403", "api key", "permission", "unauthorized")
 
 Mode = Literal["online", "offline"]
 
@@ -99,7 +100,7 @@ class WandbRun:
 
     def send_rest(self) -> int:
         """Give W&B the checkpoints (as references), pictures and account that it lacks; returns how many pieces."""
-        sent = sum(map(self._send_checkpoint, *zip(*checkpoints(self.run_dir), strict=True)))
+        sent = sum(self._send_checkpoint(step, folder) for step, folder in checkpoints(self.run_dir))
         if (found := reconstructions(self.run_dir)) and "reconstructions" not in self._had:
             self._keep("reconstructions", self._image(found, "held-out pictures and what their tokens decode to"))
             sent += 1
@@ -170,6 +171,7 @@ class WandbRun:
 def _init(run_dir: Path, config: Config, mode: Mode, files: Path, finish_seconds: float) -> Any:
     # Its error reports go to a server of theirs, in offline mode too; read when wandb is imported.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ["WANDB_SILENT"] = "true"  # we say what matters
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):  # instead of the home folder
         os.environ.setdefault(name, str(files / "wandb"))
     import wandb
@@ -180,7 +182,6 @@ def _init(run_dir: Path, config: Config, mode: Mode, files: Path, finish_seconds
         finish_timeout=finish_seconds,
         finish_timeout_raises=True,
         init_timeout=INIT_SECONDS,
-        silent=True,  # we say what matters
         save_code=False,
         x_disable_meta=True,  # it would store the command line and the host
         x_disable_stats=mode == "offline",  # its probes ask a cloud's metadata address, also offline
@@ -227,8 +228,8 @@ def rows_offline(files: Path) -> int:
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of every complete checkpoint, oldest first."""
-    found = [(CHECKPOINT.fullmatch(path.parent.name), path.parent) for path in run_dir.glob("checkpoints/*/MANIFEST.json")]
-    return sorted((int(match[1]), folder) for match, folder in found if match)
+    folders = [manifest.parent for manifest in run_dir.glob("checkpoints/*/MANIFEST.json")]
+    return sorted((int(match[1]), folder) for folder in folders if (match := CHECKPOINT.fullmatch(folder.name)))
 
 
 def reconstructions(run_dir: Path) -> Path | None:
@@ -238,6 +239,15 @@ def reconstructions(run_dir: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return path if path.is_file() else None
+
+
+def explain(error: BaseException) -> str:
+    """Why there is no way to W&B, and what to do where that is known."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if any(word in str(error).lower() for word in REFUSED):
+        mend = "`wandb login --relogin`, or set WANDB_API_KEY to a key of that server"
+        return f"W&B at {server} refuses the key ({first_line(error)}); {mend}"
+    return f"W&B at {server} cannot be reached ({first_line(error)})"
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from mmtrain.track.follow import FINISH_SECONDS
 from mmtrain.track.wandb_run import has_login, resolve_mode
 
 SHARE_TO_WAIT = 0.01  # of the training time, at its end
-LEAST_SECONDS_TO_WAIT = 5.0
+LEAST_SECONDS_TO_WAIT = 10.0
 
 
 class WandbSink:
@@ -64,14 +64,14 @@ class WandbSink:
     @property
     def sync_command(self) -> str:
         """What sends W&B what it does not have."""
-        return f"mmtrain sync {os.path.relpath(self._run_dir)}"
+        return f"mmtrain sync {min(os.path.relpath(self._run_dir), str(self._run_dir), key=len)}"
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Have W&B tell the user. level: INFO, WARN or ERROR."""
         self._tell({"title": title, "text": text, "level": level})
 
     def close(self, exit_code: int = 0) -> None:
-        """Give W&B 1 % of the training time, but 5 s, to take the rest. Safe to call twice.
+        """Give W&B 1 % of the training time, at least 10 s, to take the rest. Safe to call twice.
 
         An offline file takes no time worth speaking of, and always gets it.
         """

@@ -4,17 +4,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mmtrain.config import UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
 from mmtrain.track.follow import alone
 from mmtrain.track.metrics import read_rows
-from mmtrain.track.wandb_run import METRICS_FILE, WandbRun, checkpoints, first_line, has_login
+from mmtrain.track.wandb_run import METRICS_FILE, WandbRun, checkpoints, explain, has_login
 
 MARKER = "wandb/synced.json"
 FINISH_SECONDS = 600.0
-REFUSED = ("401", "403", "api key", "apikey", "permission", "unauthorized")
-MEND_KEY = "`wandb login --relogin`, or set WANDB_API_KEY to one of https://wandb.ai/authorize"
 
 
 def main(argv: list[str]) -> int:
@@ -53,23 +52,26 @@ def sync(run_dir: Path) -> str:
     contents = contents_of(run_dir)
     if read_marker(run_dir) == contents:
         return "nothing new"
-    exit_code = 0 if status_of(run_dir) == "finished" else 1
-    rows = pieces = 0
-    while True:  # the second time nothing is left, and that is W&B's own word
-        with tempfile.TemporaryDirectory(prefix="mmtrain-sync-") as files:
-            wandb_run = open_or_complain(run_dir, Path(files))
-            new_rows, new_pieces = wandb_run.send_rows(), wandb_run.send_rest()
-            if not wandb_run.finish(exit_code):
-                raise UserError(
-                    f"W&B did not take all of {run_dir} within {FINISH_SECONDS:.0f} s; the same command goes on"
-                )
-        if not new_rows or (rows and new_rows >= rows):
-            break
-        rows, pieces = rows or new_rows, pieces + new_pieces
-    if new_rows:
-        raise UserError(f"W&B does not keep the rows of {run_dir} (see {wandb_run.url}); the same command tries again")
+    rows, pieces, url = send(run_dir, contents)
+    if rows and send(run_dir, contents)[0]:
+        raise UserError(f"W&B did not keep all rows of {run_dir} (see {url}); the same command tries again")
     write_text_atomic(run_dir / MARKER, json.dumps(contents) + "\n")
-    return f"{rows} rows and {pieces} other pieces sent; all {contents['rows']} rows are at {wandb_run.url}"
+    return f"{rows} rows and {pieces} other pieces sent; all {contents['rows']} rows are at {url}"
+
+
+def send(run_dir: Path, contents: dict[str, Any]) -> tuple[int, int, str | None]:
+    """Send what W&B lacks; how many rows and other pieces that was, and the address of the run."""
+    with tempfile.TemporaryDirectory(prefix="mmtrain-sync-") as files:
+        wandb_run = open_or_complain(run_dir, Path(files))
+        if wandb_run.num_rows > contents["rows"]:
+            raise UserError(
+                f"W&B has {wandb_run.num_rows} rows of {wandb_run.url}, {run_dir} has {contents['rows']}: another "
+                "copy of this run went on; sync that one"
+            )
+        rows, pieces = wandb_run.send_rows(), wandb_run.send_rest()
+        if not wandb_run.finish(0 if contents["status"] == "finished" else 1):
+            raise UserError(f"W&B did not take all of {run_dir} in {FINISH_SECONDS:.0f} s; the same command goes on")
+    return rows, pieces, wandb_run.url
 
 
 def open_or_complain(run_dir: Path, files: Path) -> WandbRun:
@@ -77,15 +79,10 @@ def open_or_complain(run_dir: Path, files: Path) -> WandbRun:
     try:
         return WandbRun(run_dir, "online", files, FINISH_SECONDS)
     except (Exception, SystemExit) as error:
-        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        if any(word in str(error).lower() for word in REFUSED):
-            raise UserError(f"W&B at {server} refuses the key ({first_line(error)}); {MEND_KEY}") from error
-        raise UserError(
-            f"W&B at {server} cannot be reached ({first_line(error)}); nothing is lost, the same command tries again"
-        ) from error
+        raise UserError(f"{explain(error)}; nothing is lost, the same command tries again") from error
 
 
-def contents_of(run_dir: Path) -> dict[str, object]:
+def contents_of(run_dir: Path) -> dict[str, Any]:
     """What there is to send of a run, and where to: equal to the marker when W&B has all of it."""
     with open(run_dir / METRICS_FILE, "rb") as file:
         rows = sum(1 for _ in read_rows(file))
@@ -95,7 +92,7 @@ def contents_of(run_dir: Path) -> dict[str, object]:
     return {"rows": rows, "samples": samples, "checkpoint": newest, "status": status_of(run_dir), "server": server}
 
 
-def read_marker(run_dir: Path) -> object:
+def read_marker(run_dir: Path) -> Any:
     """What was there when W&B had all of it; None when that never was."""
     try:
         return json.loads((run_dir / MARKER).read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def test_it_trains_without_a_network(smoke: Smoke, need_command) -> None:
         assert os.environ.get("MMTRAIN_CI") != "1", "the CI must cut the network"
         pytest.skip("this machine does not let us make a network namespace")
     assert list((smoke.run / "wandb").glob("offline-run-*"))
-    assert "wandb sync" in smoke.output
+    assert "mmtrain sync" in smoke.output
 
 
 def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None:
