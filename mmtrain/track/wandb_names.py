@@ -25,6 +25,11 @@ SECTIONS = {
     "spikes": "health",
     "spike_score": "health",
     "rollbacks": "health",
+    "output_rms": "health",
+    "log_z": "health",
+    "gradient_text_rms": "health",
+    "gradient_image_rms": "health",
+    "gradient_special_rms": "health",
 }
 
 

@@ -21,6 +21,7 @@ from mmtrain.train.plan import make_plan
 from mmtrain.verbs.generate import shown
 from mmtrain.verbs.trained import open_trained
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
+from tests.metric_table import undescribed
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,7 @@ def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["val_loss"] < rows[2]["val_loss"] - 0.2
     assert all(row[f"loss_{name}"] > 0 for row in rows for name in MODALITIES)
+    assert undescribed(set().union(*rows)) == set(), "docs/reference/metrics.md must have every key"
     assert all(0 < row["mfu_causal"] < row["hfu"] < 1.5 for row in rows)
 
 
