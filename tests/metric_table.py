@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
-ROW = re.compile(r"^\| `(?P<key>[^`]+)` \| (?:`(?P<name>[^`]+)`)? *\| (?P<unit>[^|]*) *\| (?P<meaning>[^|]+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `(?P<key>[^`]+)` \| (?:`(?P<name>[^`]+)`)? *\|[^|]*\| [^|]+ \|$", re.MULTILINE)
 
 
 def table() -> dict[str, str | None]:

@@ -1,8 +1,8 @@
-"""The process that brings a run to W&B while it trains: `python -m mmtrain.track.follow RUN online|offline`.
+"""The process that brings a run to W&B while it trains: `python -m mmtrain.track.follow RUN online|offline PID`.
 
-It reads what training writes into the run directory and nothing waits for it: a server that is away, slow or broken
-costs training nothing, and a training process that is killed loses no row. Rank 0 writes a line of JSON to its standard
-input for every alert and for the end; what it prints is for the user.
+It reads what training (process PID) writes into the run directory, and nothing waits for it: a server that is away,
+slow or broken costs training nothing, and a training process that is killed loses no row. Rank 0 writes a line of JSON
+to its standard input for every alert and for the end; what it prints is for the user.
 """
 
 import contextlib
@@ -28,21 +28,26 @@ FINISH_SECONDS = 60.0
 class Orders:
     """What comes from the training process: alerts, and the end; its death is an end, too."""
 
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, training: int):
+        self._descriptor, self.training = descriptor, training
         self._text = b""
+        self._has_failed = False
         self.alerts: list[dict[str, str]] = []
         self.ended = False
         self.exit_code = 1
 
     def wait(self, seconds: float) -> None:
         """Take in what comes within `seconds`; returns as soon as something does."""
-        if self.ended or not select.select([self._descriptor], [], [], seconds)[0]:
+        if self.ended:
             return
-        data = os.read(self._descriptor, 1 << 16)
+        comes = select.select([self._descriptor], [], [], seconds)[0]
+        if not comes and os.getppid() == self.training:
+            return
+        # Processes that training has forked may keep the pipe open when it is gone.
+        data = os.read(self._descriptor, 1 << 16) if comes else b""
         if not data:
             self.ended = True
-            if not any(alert["level"] == "ERROR" for alert in self.alerts):
+            if not self._has_failed:
                 text = "the training process is gone without a word: killed, or its host lost"
                 self.alerts.append({"title": "Training died", "text": text, "level": "ERROR"})
             return
@@ -51,6 +56,7 @@ class Orders:
             if "exit_code" in order:
                 self.ended, self.exit_code = True, order["exit_code"]
             else:
+                self._has_failed |= order["level"] == "ERROR"
                 self.alerts.append(order)
 
 
@@ -59,7 +65,7 @@ def follow(run_dir: Path, mode: Mode, orders: Orders) -> bool:
     wandb_run, said = None, ""
     while wandb_run is None:
         try:
-            wandb_run = WandbRun(run_dir, mode, run_dir, FINISH_SECONDS)
+            wandb_run = WandbRun(run_dir, mode, run_dir, FINISH_SECONDS, orders.training)
         except (Exception, SystemExit) as error:  # wandb.teardown() may call sys.exit()
             if (why := explain(error)) != said:
                 say(f"{why}; training goes on, and its rows are kept for W&B.")
@@ -111,10 +117,10 @@ def say(sentence: str) -> None:
 
 def main(argv: list[Any]) -> int:
     """0 when W&B has everything, 1 when not."""
-    run_dir, mode = Path(argv[0]), argv[1]
+    run_dir, mode, training = Path(argv[0]), argv[1], int(argv[2])
     try:
         with alone(run_dir, wait=True):
-            return 0 if follow(run_dir, mode, Orders(sys.stdin.fileno())) else 1
+            return 0 if follow(run_dir, mode, Orders(sys.stdin.fileno(), training)) else 1
     except Exception as error:
         say(f"W&B failed ({first_line(error)}); training goes on without it, metrics.jsonl is kept.")
         return 1

@@ -62,13 +62,14 @@ def resolve_mode(mode: str) -> str:
 class WandbRun:
     """The run of a run directory, opened to send what W&B does not have yet. Raises whatever wandb raises.
 
-    files: where wandb keeps its own files; finish_seconds: how long `finish` may take.
+    files: where wandb keeps its own files; finish_seconds: how long `finish` may take; training: the process whose use
+    of the machine W&B shows, if the run is online and just trains.
     """
 
-    def __init__(self, run_dir: Path, mode: Mode, files: Path, finish_seconds: float):
+    def __init__(self, run_dir: Path, mode: Mode, files: Path, finish_seconds: float, training: int = 0):
         self.run_dir = run_dir
         config = load_frozen(run_dir / "config.yaml")
-        self._run = _init(run_dir, config, mode, files, finish_seconds)
+        self._run = _init(run_dir, config, mode, files, finish_seconds, training)
         self.num_rows: int = self._run.starting_step if mode == "online" else rows_offline(files)
         """How many rows of metrics.jsonl W&B has been given."""
         self._read = 0
@@ -168,7 +169,7 @@ class WandbRun:
         return table if rows else None
 
 
-def _init(run_dir: Path, config: Config, mode: Mode, files: Path, finish_seconds: float) -> Any:
+def _init(run_dir: Path, config: Config, mode: Mode, files: Path, finish_seconds: float, training: int) -> Any:
     # Its error reports go to a server of theirs, in offline mode too; read when wandb is imported.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ["WANDB_SILENT"] = "true"  # we say what matters
@@ -184,7 +185,8 @@ def _init(run_dir: Path, config: Config, mode: Mode, files: Path, finish_seconds
         init_timeout=INIT_SECONDS,
         save_code=False,
         x_disable_meta=True,  # it would store the command line and the host
-        x_disable_stats=mode == "offline",  # its probes ask a cloud's metadata address, also offline
+        x_disable_stats=mode == "offline" or not training,  # its probes ask a cloud's metadata address, also offline
+        x_stats_pid=training or os.getpid(),
         x_save_requirements=False,
         # A server that is away or does not answer is asked again for as long as training may last.
         x_file_stream_retry_max=100_000,

@@ -42,7 +42,7 @@ class WandbSink:
 
     def _start(self, run_id: str) -> None:
         (self._run_dir / "run_id").write_text(run_id)
-        command = [sys.executable, "-m", "mmtrain.track.follow", str(self._run_dir), self.mode]
+        command = [sys.executable, "-m", "mmtrain.track.follow", str(self._run_dir), self.mode, str(os.getpid())]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

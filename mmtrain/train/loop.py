@@ -1,12 +1,13 @@
 """The training loop: every rank runs this on its share of each global batch."""
 
 import math
+import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from mmtrain.config import Config, UserError, fingerprint
@@ -395,9 +396,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def memory_bytes(world: World) -> int:
-    """The most memory of its device that this rank has used since the last call; on a CPU, what it uses now."""
+    """The most memory of its device that this rank has used since the last call; on a CPU, since its start."""
     if world.device.type != "cuda":
-        return psutil.Process().memory_info().rss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     most = torch.cuda.max_memory_allocated(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)
     return most

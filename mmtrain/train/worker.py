@@ -272,7 +272,7 @@ def first_run_id(folder: Path) -> str:
     """The tracking id of a run, kept from its first start on."""
     file = folder / "run_id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:8])
+        file.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a W&B agent gives one
     return file.read_text().strip()
 
 

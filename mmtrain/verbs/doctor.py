@@ -236,7 +236,7 @@ def check_tracking(config: Config) -> Iterator[Check]:
         return
     meaning = {
         "online": "online, an API key is set",
-        "offline": "offline, files stay in the run folder (wandb sync uploads them)",
+        "offline": "offline, files stay in the run folder (`mmtrain sync` uploads them)",
         "disabled": "disabled; metrics.jsonl is written in any case",
     }
     yield Check("wandb", "pass", meaning[mode])

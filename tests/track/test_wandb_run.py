@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from mmtrain.config import TrackConfig
 from mmtrain.track.follow import alone
 from mmtrain.track.metrics import read_metrics
