@@ -14,7 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Skip tests marked `gpu` where there is no CUDA device; one process for tests that share costly runs."""
+    for item in items:
+        package = item.path.parent.name
+        group = package if package in ("e2e", "verbs", "diffusion") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -4,6 +4,7 @@ Hydra composes the YAML groups on top of the dataclasses of schema.py, which mak
 types errors. Nothing is instantiated from configuration: there is no `_target_`.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -66,12 +67,12 @@ def _compose(overrides: list[str], config_dir: Path | None) -> Config:
     folders = search_path(config_dir)
     if len(folders) > 1:
         arguments.append(f"hydra.searchpath=[{quoted(f'file://{folders[1]}')}]")
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = _schema()
     try:
         with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
             composed = hydra_compose("config", overrides=arguments)
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        return _to_config(OmegaConf.structured(Config), container)
+        return _to_config(schema, container)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _explained(error, [override.text for override in read if override.is_choice]) from error
 
@@ -82,7 +83,7 @@ def with_overrides(config: Config, overrides: list[str], config_dir: Path | None
     Raises UserError as `compose` does, and for experiment=…, which belongs to a new run.
     """
     known_groups = groups(config_dir)
-    node = OmegaConf.structured(Config)
+    node = _schema()
     for override in [read_override(text, known_groups) for text in overrides]:
         if override.key == "experiment":
             raise UserError(f"experiment={override.value} starts a new run; leave it out here, the run has its own")
@@ -150,9 +151,17 @@ def load_frozen(path: Path) -> Config:
         container = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(container, dict):
             raise UserError(f"{path} is not a configuration; it must hold what `mmtrain train --cfg job` prints")
-        return validate(_to_config(OmegaConf.structured(Config), container))
+        return validate(_to_config(_schema(), container))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise _explained(error, [str(path)]) from error
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """`Config` as OmegaConf knows it, stored where Hydra finds it; made once, as it takes longer than most of Hydra."""
+    schema = OmegaConf.structured(Config)
+    ConfigStore.instance().store(name="schema", node=schema)
+    return schema
 
 
 def _to_config(schema: DictConfig, container: Any) -> Config:

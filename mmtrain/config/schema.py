@@ -291,7 +291,7 @@ class EngineConfig:
 
     kind: str = knob("deepspeed", "Engine.", choices=("deepspeed", "ddp"))
     stage: Any = knob(1, "ZeRO stage (deepspeed), or auto = the cheapest whose estimated memory fits.", choices=("auto", 0, 1, 2, 3))
-    dtype: str = knob("bf16", "Parameters and activations; optimizer states and masters are float32.", choices=("bf16", "fp32"))
+    dtype: str = knob("auto", "Parameters and activations; optimizer states and masters are float32. auto = bf16 where the devices have it (GPUs since Ampere, CPUs with AVX512_BF16 or AMX), else fp32; a run keeps what it began with.", choices=("auto", "bf16", "fp32"))
     reduce_dtype: str = knob("fp32", "In which gradients are summed over ranks (deepspeed); they are accumulated in float32 always.", choices=("fp32", "bf16"))
     offload_optimizer: bool = knob(False, "Keep masters and moments in host memory, and update there (deepspeed, stage 1 to 3).")
     offload_parameters: bool = knob(False, "Keep parameters in host memory (deepspeed, stage 3).")

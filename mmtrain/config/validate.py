@@ -211,9 +211,9 @@ def _sequence_conflicts(config: Config) -> Iterator[str]:
             f"model.dropout={model.dropout} and model.norm_after=true do not mix (Chameleon, sec. 2.3); "
             "set model.dropout=0, or model.norm_after=false"
         )
-    if model.attention == "varlen" and config.engine.dtype != "bf16":
+    if model.attention == "varlen" and config.engine.dtype == "fp32":
         yield (
-            f"model.attention=varlen computes in bf16, but engine.dtype={config.engine.dtype}; set engine.dtype=bf16, "
+            "model.attention=varlen computes in bf16, but engine.dtype=fp32; set engine.dtype=bf16, "
             "or model.attention=auto"
         )
     if model.attention == "varlen" and (model.head_size % 8 or model.head_size > 256):

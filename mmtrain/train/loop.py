@@ -375,6 +375,7 @@ def save(run: Run, stream: dict[str, Any]) -> None:
         "ledger": run.ledger.state(),
         "vocabulary": run.vocabulary.fingerprint,
         "model": fingerprint(run.config.model),
+        "dtype": run.config.engine.dtype,
         "weights": run.weights,
         "run_id": run.run_id,
     }

@@ -32,14 +32,8 @@ class TokenLearner:
 
     def inputs(self, batch: Batch, counts: BatchCounts, split: str) -> tuple[dict[str, Tensor], np.ndarray]:
         attention = self.config.model.attention
-        squares = np.square(counts.lengths).sum()
-        scores = counts.rows * self.config.stream.sequence_length**2
-        if attention in ("flex", "varlen"):
-            scores = squares // 2
-        elif attention == "auto" and self.device.type == "cpu":
-            # as models.pack_documents decides (for the whole share of the rank)
-            scores = min(scores, len(counts.lengths) * int(counts.lengths.max(initial=0)) ** 2)
-        return model_inputs(batch, self.vocabulary, self.device, attention), np.array([squares, scores])
+        sums = work_sums(counts, self.config.stream.sequence_length, attention, self.device.type)
+        return model_inputs(batch, self.vocabulary, self.device, attention), sums
 
     def flops(self, sums: np.ndarray, tokens: dict[str, int], rows: int) -> tuple[StepFlops, dict[str, int]]:
         squares, scores = sums.tolist()
@@ -54,6 +48,18 @@ class TokenLearner:
             computed_squares=scores,
         )
         return flops, split_by_kind(flops.model_causal, tokens)
+
+
+def work_sums(counts: BatchCounts, row_length: int, attention: str, device_type: str) -> np.ndarray:
+    """(2,) int64: squared lengths of the documents, and scores that the attention computes."""
+    squares = np.square(counts.lengths).sum()
+    scores = counts.rows * row_length**2
+    if attention in ("flex", "varlen"):
+        scores = squares // 2
+    elif attention == "auto" and device_type == "cpu":
+        # as models.pack_documents decides (for the whole share of the rank)
+        scores = min(scores, len(counts.lengths) * int(counts.lengths.max(initial=0)) ** 2)
+    return np.array([squares, scores])
 
 
 def model_inputs(

@@ -38,6 +38,7 @@ from mmtrain.train.launch import check_batch
 from mmtrain.train.learner import open_learner
 from mmtrain.train.loop import Run, restore, train
 from mmtrain.train.memory import available_bytes, choose_stage, is_out_of_memory, out_of_memory
+from mmtrain.train.precision import choose_dtype
 from mmtrain.train.run import Artifacts
 from mmtrain.train.saving import Saver
 from mmtrain.train.sections import Sections
@@ -167,6 +168,8 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
             "choose another name="
         )
 
+    if config.engine.dtype == "auto":
+        config.engine.dtype = choose_dtype(config, world, checkpoint and checkpoint.state.get("dtype"))
     learner = open_learner(config, artifacts, vocabulary, world.device)
     if config.engine.stage == "auto":
         e, room = config.engine, available_bytes(world)

@@ -102,7 +102,7 @@ def describe(run: TrainedRun, asked: Sequence[Asked], requests: Sequence[Request
             "mmtrain": __version__,
             "torch": torch.__version__,
             "device": run.sampler.image.device.type,
-            "dtype": run.config.engine.dtype,
+            "dtype": run.dtype,
         },
     }
     meant = [

@@ -74,13 +74,18 @@ class TrainedRun:
     def image(self) -> ImageTokenizer:
         return ImageTokenizer.load(self.artifacts.image_tokenizer)
 
+    @property
+    def dtype(self) -> str:
+        """The run's precision, bf16 or fp32."""
+        return self.checkpoint.state.get("dtype", self.config.engine.dtype)
+
     @cached_property
     def sampler(self) -> Any:
         """A `Sampler` or `PictureSampler` of the checkpoint on the GPU, or on the CPU in the run's precision."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         learner = open_learner(self.config, self.artifacts, self.vocabulary, torch.device(device))
         model = load_into(learner.new_model(), self.checkpoint, self.vocabulary.fingerprint)
-        if self.config.engine.dtype == "bf16":
+        if self.dtype == "bf16":
             model = model.to(torch.bfloat16)
         image, g = self.image.to(device), self.config.generate
         if isinstance(learner, PictureLearner):
