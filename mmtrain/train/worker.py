@@ -126,7 +126,7 @@ def ending(run: Run, code: int, complaint: str) -> tuple[str, str, str]:
     if code:
         return "Training failed", f"{place}: {complaint or f'exit code {code}'}", "ERROR"
     if run.stopping.reason:
-        return "Training was stopped", f"{place}: {run.stopping.reason}; saved, the same command goes on", "WARN"
+        return "Training was stopped", f"{place}: {run.stopping.reason}; the same command goes on", "WARN"
     return "Training finished", place, "INFO"
 
 

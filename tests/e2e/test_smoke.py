@@ -20,7 +20,7 @@ from mmtrain.train.checkpoint import newest, sealed
 from mmtrain.train.plan import make_plan
 from mmtrain.verbs.generate import shown
 from mmtrain.verbs.trained import open_trained
-from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
+from tests.e2e.conftest import CHECKPOINT_EVERY, PLANTED, SETTINGS, STEPS, Smoke, mmtrain
 from tests.metric_table import undescribed
 
 pytestmark = pytest.mark.slow
@@ -72,6 +72,12 @@ def test_the_run_directory_tells_how_it_was_made(smoke: Smoke) -> None:
     assert facts["command"] == " ".join(["mmtrain", "train", *SETTINGS])
     assert facts["packages"]["torch"]
     assert "steps: 60" in (smoke.run / "config.yaml").read_text()
+
+
+def test_no_secret_of_the_environment_is_in_any_file(smoke: Smoke) -> None:
+    files = [path for path in smoke.folder.rglob("*") if path.is_file()]
+    assert len(files) > 30 and not [path for path in files if PLANTED.encode() in path.read_bytes()]
+    assert PLANTED not in smoke.output
 
 
 def test_plain_webdataset_reads_the_shards(smoke: Smoke) -> None:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from mmtrain.config import TrackConfig
 from mmtrain.track.follow import alone
 from mmtrain.track.metrics import read_metrics
@@ -28,6 +30,7 @@ def wait_until_sent(run: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_every_row_is_offline_after_kill_9_and_a_resume_and_then_sent_as_one_run(new_run, monkeypatch):
     run = new_run("offline")
     start_training(run, 1, 30, end="kill").wait(60)
@@ -65,6 +68,7 @@ def metrics(kept):
     return [record["metric"] for record in kept if record["type"] == "metric"]
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_any_file_and_all_else_is_in_the_run(new_run, monkeypatch, tmp_path):
     monkeypatch.setenv("SOME_SECRET", CANARY)
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
@@ -117,6 +121,7 @@ PNG = bytes.fromhex(
 )
 
 
+@pytest.mark.slow
 def test_all_rows_arrive_once_though_the_server_is_away_stalls_and_fails(new_run, monkeypatch, table):
     """Away at first, then failing 20 % of its calls, then stalled to the end; then failing during `mmtrain sync`."""
     with Loopback() as reserved:
