@@ -1,6 +1,7 @@
 """W&B with real offline files, read back by wandb's own inspector, and with a server on this machine that fails."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_no_secret_is_in_any_file_and_all_else_is_in_the_run(new_run, monkeypatc
     remote = f"https://user:{CANARY}@example.org/x.git"
     subprocess.run(["git", "-C", repository, "remote", "add", "origin", remote], check=True)
     monkeypatch.chdir(repository)
-    run = new_run("offline", notes="a try")
+    run = new_run("offline", notes=f"a try, token={CANARY}")
     text = (run / "config.yaml").read_text().replace("group: ''", "group: grid").replace("tags: []", "tags: [x]")
     (run / "config.yaml").write_text(text)
     for step in (10, 20):
@@ -93,13 +94,14 @@ def test_no_secret_is_in_any_file_and_all_else_is_in_the_run(new_run, monkeypatc
 
     kept = records(run)
     (start,) = (record["run"] for record in kept if record["type"] == "run")
-    assert start["run_group"] == "grid" and start["job_type"] == "train" and start["notes"] == "a try"
+    assert start["run_group"] == "grid" and start["job_type"] == "train" and start["notes"] == "a try, token=[redacted]"
     assert start["tags"] == ["x"] and start["config"]["update"]["model"]["layers"]
     artifacts = [record["artifact"] for record in kept if record["type"] == "artifact"]
     assert [a["name"] for a in artifacts if a["type"] == "model"] == [f"checkpoint-{RUN_ID}"] * 2
     assert "latest" in json.dumps(artifacts) and "step-20" in json.dumps(artifacts)
     assert "samples/image-step20" in json.dumps(kept) and "goodput" not in json.dumps(kept)
     samples.joinpath("samples.json").unlink()
+    (run / "config.yaml").unlink()  # `open_run` does not write a secret into it
     files = [path for path in run.rglob("*") if path.is_file()]
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
 
@@ -163,6 +165,34 @@ def test_a_key_that_is_refused_and_folders_that_are_none(new_run, monkeypatch, t
     assert KEY not in done.stderr and not (run / "wandb/synced.json").exists()
     done = mmtrain("sync", str(tmp_path / "nowhere"), WANDB_API_KEY=KEY)
     assert done.returncode == 2 and "is no run directory" in done.stderr
+
+
+IMPATIENT = """
+import sys
+from mmtrain.track import follow, wandb_run
+wandb_run.INIT_SECONDS, follow.RETRY_SECONDS = 3.0, 1.0
+sys.exit(follow.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_later_and_a_key_that_is_mended_get_all_rows(new_run, monkeypatch):
+    with Loopback() as reserved:
+        port = reserved.port
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    run = new_run("online")
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in range(1, 31)))
+    words = [sys.executable, "-c", IMPATIENT, str(run), "online", str(os.getpid())]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as follower:
+        assert "cannot be reached" in follower.stdout.readline()
+        with Loopback(port) as server:
+            server.refuses_key = True
+            assert "refuses the key" in follower.stdout.readline()
+            server.refuses_key = False
+            server.wait_for_rows(RUN_ID, 30)
+            assert follower.communicate('{"exit_code": 0}\n', timeout=60)[0].startswith("W&B: http")
+            assert follower.returncode == 0 and server.finished == [0]
 
 
 OFFLINE = """
