@@ -82,7 +82,12 @@ def follow(run_dir: Path, mode: Mode, orders: Orders) -> bool:
         while orders.alerts:
             wandb_run.alert(**orders.alerts.pop(0))
         if is_last or time.monotonic() - looked > REST_SECONDS:
-            wandb_run.send_rest()
+            try:
+                wandb_run.send_rest()
+            except (OSError, ValueError) as error:  # a picture that is none must not cost the rows
+                if (why := first_line(error)) != said:
+                    say(f"W&B was not given all pictures and checkpoints ({why}).")
+                    said = why
             looked = time.monotonic()
         if is_last:
             return wandb_run.finish(orders.exit_code)

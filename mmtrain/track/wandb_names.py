@@ -6,6 +6,7 @@ from typing import Any
 TOKENS, FLOPS = "tokens", "train/flops"
 AXES = ("step", TOKENS, FLOPS)
 AGAIN = "redone"
+LARGEST_INTEGER = 2**53  # of JSON; wandb's service takes no larger one than 2^63
 
 # Sections of the W&B page; keys that are not here go to "train".
 SECTIONS = {
@@ -67,5 +68,5 @@ class Naming:
                 name = f"{AGAIN}/{name}"
             else:
                 self._reached[key] = row["step"]
-            named[name] = value
+            named[name] = value if abs(value) < LARGEST_INTEGER else float(value)  # FLOPs soon are larger
         return named

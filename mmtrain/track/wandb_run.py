@@ -245,7 +245,7 @@ def reconstructions(run_dir: Path) -> Path | None:
 
 def explain(error: BaseException) -> str:
     """Why there is no way to W&B, and what to do where that is known."""
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    server = redact(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if any(word in str(error).lower() for word in REFUSED):
         mend = "`wandb login --relogin`, or set WANDB_API_KEY to a key of that server"
         return f"W&B at {server} refuses the key ({first_line(error)}); {mend}"

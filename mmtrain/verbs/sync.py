@@ -10,6 +10,7 @@ from mmtrain.config import UserError, write_text_atomic
 from mmtrain.config.compose import load_frozen
 from mmtrain.track.follow import alone
 from mmtrain.track.metrics import read_rows
+from mmtrain.track.secrets import redact
 from mmtrain.track.wandb_run import METRICS_FILE, WandbRun, checkpoints, explain, has_login
 
 MARKER = "wandb/synced.json"
@@ -88,7 +89,7 @@ def contents_of(run_dir: Path) -> dict[str, Any]:
         rows = sum(1 for _ in read_rows(file))
     samples = sorted(record.parent.name for record in run_dir.glob("samples/*/samples.json"))
     newest = max((step for step, _ in checkpoints(run_dir)), default=0)
-    server = os.environ.get("WANDB_BASE_URL", "")
+    server = redact(os.environ.get("WANDB_BASE_URL", ""))
     return {"rows": rows, "samples": samples, "checkpoint": newest, "status": status_of(run_dir), "server": server}
 
 

@@ -29,6 +29,11 @@ def test_a_number_that_is_not_finite_is_sent_as_such():
     assert math.isnan(row.pop("train/loss")) and row == {"step": 1, "_timestamp": 7.5, "optim/lr": 1.0}
 
 
+def test_flops_beyond_64_bits_are_sent_as_floats():
+    named = Naming()({"step": 1, "flops_total": 10**24, "loss": math.inf})
+    assert isinstance(named["train/flops"], float) and named["train/flops"] == 1e24
+
+
 def test_a_validation_that_is_made_up_for_is_not_done_twice():
     naming = Naming()
     assert naming({"step": 9, "loss": 2.0}) == {"step": 9, "train/loss": 2.0}
