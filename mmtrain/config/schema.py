@@ -345,6 +345,8 @@ class TrackConfig:
     project: str = knob("mmtrain", "W&B project.")
     entity: str | None = knob(None, "W&B entity.")
     tags: list[str] = knob([], "W&B tags.")
+    group: str = knob("", "W&B group; a sweep sets it to its own name.")
+    job_type: str = knob("train", "W&B job type.")
 
 
 @dataclass

@@ -78,6 +78,8 @@ def expand(words: list[str], config_dir: Path | None = None) -> Sweep:
     from_file = {key: [written(value) for value in values] for key, values in settings.sweep.grid.items()}
     axes = {key: values for key, values in from_file.items() if key not in rest} | axes
     own = {key: word for key, word in rest.items() if key.partition(".")[0] not in OF_THE_WHOLE}
+    if not settings.track.group:
+        own["track.group"] = f"track.group={written(settings.name)}"
     folder = Path(settings.root) / settings.name
     jobs = _jobs(settings.sweep.cases or {"": []}, axes, own, folder, config_dir)
     return Sweep(folder, settings, tuple(jobs))

@@ -8,9 +8,9 @@ import json
 import math
 import mmap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
@@ -64,23 +64,35 @@ def read_metrics(path: Path) -> list[Row]:
 
     A step smaller than the one before it starts a new segment (the run was resumed from a checkpoint): rows of
     the dead segment from that step on are dropped, whether or not they were logged again. Rows of one step are
-    merged, the later value winning. Lines that are no JSON object with a step (cut by a crash) are skipped.
+    merged, the later value winning.
     """
     if not path.exists():
         return []
     rows: dict[int, Row] = {}
     last = -1
     with open(path, "rb") as file:
-        for line in file:
-            row = parse_row(line)
-            if row is None:
-                continue
+        for row in read_rows(file):
             step = row["step"]
             if step < last:
                 rows = {earlier: kept for earlier, kept in rows.items() if earlier < step}
             rows[step] = {**rows.get(step, {}), **row}
             last = step
     return list(rows.values())
+
+
+def read_rows(file: BinaryIO) -> Iterator[Row]:
+    """All rows from the file's position on, as they were written; the next call goes on where this one ended.
+
+    Lines that are no JSON object with a step (cut by a crash) are left out; a last line that is still being written is
+    for the next call.
+    """
+    for line in iter(file.readline, b""):
+        row = parse_row(line)
+        if row is not None:
+            yield row
+        elif not line.endswith(b"\n"):
+            file.seek(-len(line), 1)
+            return
 
 
 def parse_row(line: bytes) -> Row | None:

@@ -3,16 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.config import write_text_atomic
 from mmtrain.documents import Document
-from mmtrain.flops import ComputeRow
 from mmtrain.track import page
 from mmtrain.track.console import duration
 from mmtrain.track.curves import loss_curves
 from mmtrain.track.goodput import Goodput
 from mmtrain.track.page import key_text, large, pairs_table, picture, plot, scientific, table, text, value_text
+
+if TYPE_CHECKING:
+    from mmtrain.flops import ComputeRow  # which imports torch
 
 REPORT_FILE = "report.html"
 LEDGER_LABELS = {
@@ -52,7 +54,7 @@ class ReportData:
     ledger: dict[str, Any] = field(default_factory=dict)  # contents of ledger.json
     goodput: Goodput | None = None
     comparison: bytes | None = None  # picture of comparison_figure
-    compute: list[ComputeRow] = field(default_factory=list)  # rows of compute_table
+    compute: "list[ComputeRow]" = field(default_factory=list)  # rows of compute_table
     environment: dict[str, Any] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
 
@@ -213,7 +215,7 @@ def _compute(data: ReportData) -> str:
     return "".join(parts)
 
 
-def _compute_cells(row: ComputeRow) -> list[str]:
+def _compute_cells(row: "ComputeRow") -> list[str]:
     ratio = "–" if row.ratio is None else f"{large(float(f'{row.ratio:.3g}'))} ×"
     fid = "" if row.fid is None else f"{row.fid:g}"
     family = text(row.family.replace("_", " "))

@@ -1,7 +1,6 @@
 """One row in, three sinks out: metrics.jsonl (always), console, W&B. Constructed on rank 0 only."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,26 @@ class Tracker:
         self._writer: MetricsWriter | None = None
         self.console = Console(total_steps, resumed_step)
         self._guard("write metrics.jsonl", self._open_metrics)
-        self.wandb = WandbSink(self.run_dir, config.name, asdict(config), config.track, run_id, self.say)
+        self.wandb = WandbSink(self.run_dir, config.track, run_id, self.say)
         self.console.start_clock()
 
     def _open_metrics(self) -> None:
         self._writer = MetricsWriter(self.run_dir / METRICS_FILE)
 
     def log(self, step: int, row: Mapping[str, float | int | None]) -> None:
-        """Record the numbers of one step; None means not measured.
+        """Record the numbers of one step; None means not measured. A second call for a step adds to it.
 
-        Keys that the console and W&B know: tokens (also the x axis of W&B), loss and val_loss with _text, _image
-        and _special, lr, grad_norm, tokens_per_second, step_seconds, data_seconds, mfu_causal, mfu_palm and hfu
-        (fractions), flops_total, padding. Any other number is recorded as well. A second call for a step adds to it.
+        docs/reference/metrics.md has every key, its unit and its name on W&B, which reads metrics.jsonl.
         """
         plain = plain_row({"step": step, **row})
         if self._writer is not None:
             writer = self._writer
             self._guard("write metrics.jsonl", lambda: writer.write(plain))
         self._guard("show progress", lambda: self.console.row(step, plain))
-        numbers = {key: value for key, value in plain.items() if isinstance(value, (int, float))}
-        self.wandb.log(numbers)
 
-    def samples(self, step: int, tokens: int, captions: list[str], pictures: list[bytes]) -> None:
-        """Send pictures (PNG or JPEG bytes) with captions to W&B."""
-        self.wandb.samples(step, tokens, captions, pictures)
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+        """Have W&B tell the user, by mail or as they chose there. level: INFO, WARN or ERROR."""
+        self._guard("send an alert", lambda: self.wandb.alert(title, text, level))
 
     def say(self, text: str) -> None:
         """One line for the user, without secrets."""
@@ -62,14 +57,7 @@ class Tracker:
         if self._writer is not None:
             self._guard("close metrics.jsonl", self._writer.close)
             self._writer = None
-        self.wandb.close(exit_code)
-        if self.wandb_sync_command:
-            self.say(f"W&B kept this run offline; to upload it: {self.wandb_sync_command}")
-
-    @property
-    def wandb_sync_command(self) -> str | None:
-        """What uploads the offline W&B run later, or None."""
-        return self.wandb.sync_command
+        self._guard("end W&B", lambda: self.wandb.close(exit_code))
 
     def _guard(self, what: str, action: Callable[[], Any]) -> None:
         """Do `action`; say once per kind of action when it fails."""

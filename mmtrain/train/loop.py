@@ -1,6 +1,8 @@
 """The training loop: every rank runs this on its share of each global batch."""
 
 import math
+import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +83,11 @@ class Run:
         if self.tracker:
             self.tracker.say(sentence)
 
+    def alert(self, title: str, sentence: str, level: str = "WARN") -> None:
+        """Have W&B tell the user, once for all ranks."""
+        if self.tracker:
+            self.tracker.alert(title, sentence, level)
+
 
 def train(run: Run) -> dict[str, Any]:
     """Train from `run.step` to the configured number of steps, or until all ranks agree to stop.
@@ -140,8 +147,10 @@ def advance(run: Run, batches: Batches, peak: float | None) -> dict[str, Any]:
         verdict = run.health.verdict()
         for sentence in [*verdict.sentences, *run.saver.poll()]:
             run.say(sentence)
+        for sentence in verdict.sentences:
+            run.alert("Loss spike" if "spike" in sentence else "Update skipped", sentence)
         row = {}
-        if is_logged or saving or verdict.rollback:
+        if is_logged or saving or verdict.rollback or due(run.step, config.train.evaluate_every, steps):
             row = book_and_describe(run, window.reduce(), peak) | watched(run)
             row |= {"lr": rate, "grad_norm": as_float(norm)} | run.facts
             run.facts = {}
@@ -238,8 +247,8 @@ def roll_back(run: Run, batches: Batches, spike: int) -> bool:
 
 
 def watched(run: Run) -> dict[str, Any]:
-    """Numbers of `health` for the log, and a sentence for every rank that is slow; all ranks must call."""
-    by_rank = run.world.gather(run.sections.take())
+    """Numbers of `health` and of the ranks for the log, and a sentence for every rank that is slow; all must call."""
+    by_rank, memory = zip(*run.world.gather((run.sections.take(), memory_bytes(run.world))), strict=True)
     e, factor = run.config.engine, run.config.health.straggler_factor
     alone = ("data",) if e.kind == "deepspeed" and e.stage == 3 else ALONE
     slow = {(s.rank, s.section): s for s in stragglers(by_rank, factor, alone)}
@@ -249,6 +258,10 @@ def watched(run: Run) -> dict[str, Any]:
             run.say(str(slow[place]))
     mean = {name: sum(row.get(name, 0.0) for row in by_rank) / len(by_rank) for name in by_rank[0]}
     row = {f"seconds/{name}": seconds for name, seconds in mean.items()} | run.health.row()
+    for name in ("data", "forward"):  # in the others a rank waits for the slowest
+        seconds = [times.get(name, 0.0) for times in by_rank]
+        row |= {f"ranks/{name}_seconds_min": min(seconds), f"ranks/{name}_seconds_max": max(seconds)}
+    row |= {"ranks/memory_bytes_min": min(memory), "ranks/memory_bytes_max": max(memory)}
     signs = run.model.take_signs()
     if signs is not None and signs.sums is not None:
         row |= describe_signs(run.world.sum(signs.sums))
@@ -318,11 +331,11 @@ def delivered_by_source(run: Run, totals: Totals) -> dict[str, Any]:
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """Losses on the validation batches; a stop in between leaves them to the next start of the run."""
+    """Losses on the validation batches, and where on the curve they are; a stop leaves them to the run's next start."""
     with run.sections("evaluate"):
         losses = evaluate(run)
     run.owes_validation = not losses
-    return losses
+    return losses and {"tokens": run.tokens, "flops_total": run.ledger.training_total, **losses}
 
 
 @torch.no_grad()
@@ -381,6 +394,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.health.load(state["health"])
     run.detector.load(state["spikes"])
     run.ledger.load(state["ledger"])
+
+
+def memory_bytes(world: World) -> int:
+    """The most memory of its device that this rank has used since the last call; on a CPU, since its start."""
+    if world.device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = torch.cuda.max_memory_allocated(world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)
+    return most
 
 
 def device_peak(config: Config, world: World) -> float | None:

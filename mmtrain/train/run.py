@@ -10,13 +10,14 @@ RUN/
 import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import Config, UserError, write_text_atomic
+from mmtrain.config import Config, GenerateConfig, TrackConfig, UserError, write_text_atomic
 from mmtrain.config.compose import freeze, load_frozen
 from mmtrain.track import redact
 from mmtrain.train.checkpoint import has_checkpoint
@@ -152,11 +153,24 @@ def open_run(run_dir: Path, config: Config, artifacts: Artifacts, command: str) 
                     f"{name} of run {run_dir} was {_shown(old[name])}, and is {_shown(new[name])} now: the data or the "
                     "program changed since; choose another name=, or bring the old data back"
                 )
-    freeze(config, run_dir / "config.yaml")
+    freeze(without_secrets(config, run_dir), run_dir / "config.yaml")
     artifacts.save(run_dir)
     facts = {"command": redact(command), **environment()}
     write_text_atomic(run_dir / "environment.json", json.dumps(facts, indent=1))
     write_text_atomic(run_dir.parent / LAST, run_dir.name + "\n")
+
+
+def without_secrets(config: Config, run_dir: Path) -> Config:
+    """`config` with its free text redacted; raises UserError for a secret where training would need it."""
+    words = {"notes": redact(config.notes), "track": TrackConfig(**redact(asdict(config.track)))}
+    config = replace(config, **words, generate=GenerateConfig(**redact(asdict(config.generate))))
+    flat, clean = _flatten(asdict(config)), _flatten(redact(asdict(config)))
+    if secret := [key for key in flat if flat[key] != clean.get(key)]:
+        raise UserError(
+            f"{secret[0]} holds what looks like a secret, and {run_dir}/config.yaml would keep it; give it in the "
+            "environment or a netrc file instead"
+        )
+    return config
 
 
 def _resolved(paths: Path | dict[str, Path] | None) -> dict[str, Path]:
@@ -183,8 +197,19 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "mmtrain": metadata.version("mmtrain") if _installed("mmtrain") else "source",
+        "commit": _commit(),
         "executable": Path(sys.executable).name,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the source checkout that this is, with "+" when files were changed since; None when it is none."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _installed(name: str) -> bool:

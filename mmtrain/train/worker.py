@@ -44,7 +44,7 @@ from mmtrain.train.saving import Saver
 from mmtrain.train.sections import Sections
 from mmtrain.train.status import write_status
 from mmtrain.train.stopping import Stopping
-from mmtrain.train.watchdog import Watchdog, process_group_timeout, section_limits
+from mmtrain.train.watchdog import Hang, Watchdog, process_group_timeout, section_limits
 
 OTHERS_WAIT_SECONDS = 3.0
 
@@ -59,11 +59,16 @@ def main() -> int:
     # DeepSpeed calls collectives by names that newer versions of torch deprecate, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = load_frozen(folder / "config.yaml")
-    watchdog = Watchdog(folder / "logs", int(os.environ.get("RANK", 0)), section_limits(config.health))
+    run: Run | None = None
+
+    def tell(hang: Hang) -> None:
+        if run:
+            run.alert("Training hangs", str(hang), "ERROR")
+
+    watchdog = Watchdog(folder / "logs", int(os.environ.get("RANK", 0)), section_limits(config.health), tell)
     world = start_world(process_group_timeout(config.health))
     stopping = Stopping(folder, world)
-    run = None
-    code = 1
+    code, complaint = 1, ""
     try:
         with claim(folder) if world.rank == 0 else contextlib.nullcontext():
             stopping.listen()
@@ -74,15 +79,19 @@ def main() -> int:
     except UserError as error:
         if os.environ.get("MMTRAIN_DEBUG"):
             raise
-        code = complain(world, str(error))
+        complaint = str(error)
+        code = complain(world, complaint)
     except (RuntimeError, MemoryError) as error:
+        complaint = f"{type(error).__name__}: {error}"[:500]
         if not is_out_of_memory(error) or os.environ.get("MMTRAIN_DEBUG"):
             raise
-        code = complain(world, explain_memory(error, folder, config, world))
+        complaint = explain_memory(error, folder, config, world)
+        code = complain(world, complaint)
     finally:
         watchdog.pause()
         record_end(folder, world, run, code)
         if run and run.tracker:
+            run.alert(*ending(run, code, complaint))
             run.tracker.close(code)
         watchdog.close()
     if code == 0:
@@ -109,6 +118,16 @@ def explain_memory(error: BaseException, folder: Path, config: Config, world: Wo
     offload = e.offload_optimizer, e.offload_parameters
     positions = num_positions(config)
     return out_of_memory(error, config, vocabulary.size, positions, world.size, stage, *offload, world.device.type)
+
+
+def ending(run: Run, code: int, complaint: str) -> tuple[str, str, str]:
+    """Title, text and level of the alert that training has ended."""
+    place = f"{run.config.name}, step {run.step} of {run.config.train.steps}"
+    if code:
+        return "Training failed", f"{place}: {complaint or f'exit code {code}'}", "ERROR"
+    if run.stopping.reason:
+        return "Training was stopped", f"{place}: {run.stopping.reason}; the same command goes on", "WARN"
+    return "Training finished", place, "INFO"
 
 
 def record_end(folder: Path, world: World, run: Run | None, code: int) -> None:
@@ -256,7 +275,7 @@ def first_run_id(folder: Path) -> str:
     """The tracking id of a run, kept from its first start on."""
     file = folder / "run_id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:8])
+        file.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a W&B agent gives one
     return file.read_text().strip()
 
 

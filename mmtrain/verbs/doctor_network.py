@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmtrain.config import Config
 from mmtrain.track import redact
-from mmtrain.track.wandb_sink import has_login, resolve_mode
+from mmtrain.track.wandb_run import has_login, resolve_mode
 from mmtrain.train.all_reduce import CONNECTED, DONE, FAILED, LIMIT_SECONDS, STARTED, Note, read_notes
 from mmtrain.verbs.doctor_machine import Check
 from mmtrain.verbs.doctor_storage import existing_parent
@@ -227,7 +227,7 @@ def check_tracking(config: Config) -> Iterator[Check]:
     if mode == "disabled":
         yield Check("wandb", "pass", "disabled; metrics.jsonl is written in any case")
     elif mode == "offline":
-        yield Check("wandb", "pass", "offline, files stay in the run folder (wandb sync uploads them)")
+        yield Check("wandb", "pass", "offline, files stay in the run folder (`mmtrain sync` uploads them)")
     elif not has_login():
         mend = "wandb login, or track.wandb=offline (metrics.jsonl is written in any case)"
         yield Check("wandb", "fail", "track.wandb=online, but no API key is set", mend)

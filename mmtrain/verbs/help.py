@@ -14,6 +14,7 @@ VERBS: dict[str, str] = {
     "plan": "memory, time, communication and cost of a run on a cluster, before it",
     "report": "write report.html of a run",
     "runs": "list, show, compare and watch runs",
+    "sync": "bring to W&B what it does not have of runs",
     "checkpoint": "list, verify, prune and compare the checkpoints of a run",
     "doctor": "check this machine and say how to mend what is wrong",
 }
@@ -304,6 +305,18 @@ A CHECKPOINT is a step, the name of a folder under checkpoints/, or any path. Th
 Example
   mmtrain checkpoint ls run=runs/quickstart
   mmtrain checkpoint diff 200 runs/other/checkpoints/step-00000200 run=runs/quickstart
+""",
+    "sync": """\
+mmtrain sync [FOLDER ...]
+
+Sends W&B what it does not have of a run: rows of metrics.jsonl, samples, checkpoints as references. A FOLDER is a run
+directory, or holds some (a sweep, root); without one: runs. What W&B already has is W&B's own word, so rows arrive
+once and in order, however often training or this command was killed; RUN/wandb/synced.json says what has arrived.
+All starts of a run are one run on W&B. Exit code 2: W&B cannot be reached, or refuses the key; nothing is lost.
+
+Example
+  mmtrain sync runs/quickstart
+  WANDB_API_KEY=... mmtrain sync
 """,
     "export": """\
 mmtrain export out=FOLDER [run=FOLDER|name=NAME] [dtype=float32|bf16] [shard_bytes=5000000000] [settings]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config.sweep import Job
+from mmtrain.track import redact
 from mmtrain.train.checkpoint import newest
 from mmtrain.train.status import read_status
 from mmtrain.train.stop import ASKING, terminate_when_orphaned
@@ -105,7 +106,7 @@ class Running:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             self.log_start = log.tell()
-            log.write(f"$ {shlex.join(['mmtrain', *words])}\n".encode())
+            log.write(f"$ {redact(shlex.join(['mmtrain', *words]))}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
                 [*PROGRAM, *words],

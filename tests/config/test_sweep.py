@@ -50,7 +50,9 @@ def test_axes_are_crossed_and_name_the_runs() -> None:
     ]
     last = sweep.jobs[-1]
     assert (last.config.optim.lr, last.config.root, last.config.name) == (0.003, "here/lr_grid", "model=small,lr=0.003")
-    assert last.overrides == ("model=small", "optim.lr=0.003", f"name={last.name}", "root=here/lr_grid")
+    group = "track.group=lr_grid"  # its runs are one group on W&B
+    assert last.overrides == (group, "model=small", "optim.lr=0.003", f"name={last.name}", "root=here/lr_grid")
+    assert expand(["seed=1,2", "name=x", "track.group=mine"]).jobs[0].config.track.group == "mine"
 
 
 @pytest.mark.parametrize(

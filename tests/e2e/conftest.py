@@ -22,8 +22,12 @@ os.execvp(sys.argv[1], sys.argv[1:])
 NO_NETWORK = ("unshare", "-rn", sys.executable, "-c", LOOPBACK_ONLY)
 
 
+PLANTED = "canary0123456789abcdef0123456789abcdef"
+
+
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    secrets = {"WANDB_API_KEY": PLANTED, "SOME_TOKEN": PLANTED}
+    return os.environ | secrets | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
 def mmtrain(*words: str, cwd: Path, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

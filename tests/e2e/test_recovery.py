@@ -19,7 +19,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mmtrain.track import read_metrics
+from mmtrain.track.metrics import read_rows
 from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, environment, mmtrain
+from tests.track.conftest import records
 
 pytestmark = pytest.mark.slow
 FILES = ("tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors")
@@ -172,3 +174,6 @@ def test_tracking_continues_the_same_run(killed: Killed) -> None:
     run_id = (killed.run / "run_id").read_text().strip()
     folders = list((killed.run / "wandb").glob("offline-run-*"))
     assert folders and all(folder.name.endswith(run_id) for folder in folders)
+    sent = [record["history"]["item"]["step"] for record in records(killed.run) if record["type"] == "history"]
+    with open(killed.run / "metrics.jsonl", "rb") as file:
+        assert sent == [row["step"] for row in read_rows(file)]

@@ -21,7 +21,8 @@ from mmtrain.train.plan import make_plan
 from mmtrain.verbs.doctor_data import check_sources, check_vocabulary
 from mmtrain.verbs.generate import shown
 from mmtrain.verbs.trained import open_trained
-from tests.e2e.conftest import CHECKPOINT_EVERY, SETTINGS, STEPS, Smoke, mmtrain
+from tests.e2e.conftest import CHECKPOINT_EVERY, PLANTED, SETTINGS, STEPS, Smoke, mmtrain
+from tests.metric_table import undescribed
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ def test_it_trains_without_a_network(smoke: Smoke, need_command) -> None:
         assert os.environ.get("MMTRAIN_CI") != "1", "the CI must cut the network"
         pytest.skip("this machine does not let us make a network namespace")
     assert list((smoke.run / "wandb").glob("offline-run-*"))
-    assert "wandb sync" in smoke.output
+    assert "mmtrain sync" in smoke.output
 
 
 def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None:
@@ -49,6 +50,7 @@ def test_two_ranks_train_with_deepspeed_and_the_loss_falls(smoke: Smoke) -> None
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["val_loss"] < rows[2]["val_loss"] - 0.2
     assert all(row[f"loss_{name}"] > 0 for row in rows for name in MODALITIES)
+    assert undescribed(set().union(*rows)) == set(), "docs/reference/metrics.md must have every key"
     assert all(0 < row["mfu_causal"] < row["hfu"] < 1.5 for row in rows)
 
 
@@ -88,6 +90,12 @@ def test_the_run_directory_tells_how_it_was_made(smoke: Smoke) -> None:
     assert facts["command"] == " ".join(["mmtrain", "train", *SETTINGS])
     assert facts["packages"]["torch"]
     assert "steps: 60" in (smoke.run / "config.yaml").read_text()
+
+
+def test_no_secret_of_the_environment_is_in_any_file(smoke: Smoke) -> None:
+    files = [path for path in smoke.folder.rglob("*") if path.is_file()]
+    assert len(files) > 30 and not [path for path in files if PLANTED.encode() in path.read_bytes()]
+    assert PLANTED not in smoke.output
 
 
 def test_plain_webdataset_reads_the_shards(smoke: Smoke) -> None:

@@ -67,3 +67,14 @@ def test_a_source_may_join_a_run_and_shares_may_change(artifacts: Artifacts, tmp
         open_run(run, both, alone, "third")
     with pytest.raises(UserError, match="seed=0, this command says 1"):
         check_run(run, replace(both, seed=1))
+
+
+def test_a_secret_in_the_configuration_is_not_kept(artifacts: Artifacts, tmp_path: Path) -> None:
+    run, secret = tmp_path / "runs" / "one", "hf_" + "a1B2" * 8
+    config = Config(name="one", notes=f"with {secret}")
+    config.track.tags = [f"token={secret}"]
+    open_run(run, config, artifacts, f"mmtrain train notes={secret}")
+    assert not [path for path in run.iterdir() if path.is_file() and secret in path.read_text()]
+    config.corpus.tokens = "https://me:" + "opensesame" + "@example.org/tokens"
+    with pytest.raises(UserError, match=r"corpus.tokens holds what looks like a secret"):
+        open_run(run, config, artifacts, "again")

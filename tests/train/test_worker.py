@@ -1,11 +1,13 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mmtrain.config import Config, CorpusConfig, StreamConfig
 from mmtrain.shards import write_tokens
 from mmtrain.train.run import Artifacts
-from mmtrain.train.worker import open_stream
+from mmtrain.train.worker import ending, open_stream
 from tests.stream.conftest import VOCABULARY, token_document
 
 
@@ -33,3 +35,19 @@ def test_training_follows_the_shares_and_validation_holds_every_source_once(arti
         for lane in held_out.state()["lane_states"].values():
             assert len(lane["waiting"]) <= 5  # a row of four, and one
     assert held_out.counts.by_source[:, 0].min() > 0 and train.config.lookahead > 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "complaint", "expected"),
+    [
+        (0, "", "", ("Training finished", "one, step 3 of 9", "INFO")),
+        (0, "SIGTERM", "", ("Training was stopped", "one, step 3 of 9: SIGTERM; the same command goes on", "WARN")),
+        (2, "", "no room", ("Training failed", "one, step 3 of 9: no room", "ERROR")),
+        (1, "", "", ("Training failed", "one, step 3 of 9: exit code 1", "ERROR")),
+    ],
+)
+def test_how_the_end_is_told(code: int, reason: str, complaint: str, expected: tuple[str, str, str]) -> None:
+    config = Config(name="one")
+    config.train.steps = 9
+    run: Any = SimpleNamespace(config=config, step=3, stopping=SimpleNamespace(reason=reason))
+    assert ending(run, code, complaint) == expected
