@@ -169,7 +169,7 @@ def build_run(folder: Path, config: Config, world: World, watchdog: Watchdog, st
         )
 
     if config.engine.dtype == "auto":
-        config.engine.dtype = choose_dtype(config, world, checkpoint and checkpoint.state.get("dtype"))
+        config.engine.dtype = choose_dtype(config, world, checkpoint.state.get("dtype") if checkpoint else None)
     learner = open_learner(config, artifacts, vocabulary, world.device)
     if config.engine.stage == "auto":
         e, room = config.engine, available_bytes(world)

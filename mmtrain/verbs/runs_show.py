@@ -14,7 +14,7 @@ from mmtrain.track import closing_box, goodput
 from mmtrain.track.console import duration, human
 from mmtrain.track.page import scientific
 from mmtrain.verbs.run_settings import from_experiment, read_settings
-from mmtrain.verbs.run_state import CHECKPOINT, FINISHED, RunState, find_run, read_run
+from mmtrain.verbs.run_state import CHECKPOINT, FINISHED, METRICS, RunState, find_run, read_run
 from mmtrain.verbs.runs import WIDTH_OF_FILES, age, as_plain, number
 
 PLACES = ("config.yaml", "metrics.jsonl", "ledger.json", "checkpoints", "samples", "report.html", "logs", "wandb")
@@ -96,16 +96,14 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
 
 
 def _wandb(folder: Path) -> dict[str, Any]:
-    """The id of the run there, and the segments that lie here: how many, and those that were never uploaded."""
-    files = sorted((folder / "wandb").glob("*run-*/run-*.wandb"))
-    id_file = folder / "run_id"
-    waiting = [
-        str(file.parent)
-        for file in files
-        if file.parent.name.startswith("offline-") and not file.with_name(f"{file.name}.synced").exists()
-    ]
+    """The id of the run there, how many segments lie here, and whether `mmtrain sync` has something to send."""
+    segments = [path for path in (folder / "wandb").glob("*run-*") if path.is_dir()]
+    id_file, marker = folder / "run_id", folder / "wandb" / "synced.json"
     run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
-    return {"id": run_id, "segments": len(files), "not_uploaded": waiting}
+    is_waiting = any(path.name.startswith("offline-") for path in segments)
+    if marker.is_file() and (folder / METRICS).is_file():
+        is_waiting = marker.stat().st_mtime < (folder / METRICS).stat().st_mtime
+    return {"id": run_id, "segments": len(segments), "is_waiting": is_waiting}
 
 
 def _print(run: RunState, facts: dict[str, Any], console: Console) -> None:
@@ -182,8 +180,7 @@ def _places(run: RunState, wandb: dict[str, Any], folder: str) -> None:
     """Where everything is, and what to do next."""
     places = {"folder": folder, "in it": ", ".join(name for name in PLACES if (run.folder / name).exists())}
     if wandb.get("segments"):
-        waiting = len(wandb["not_uploaded"])
-        state = f"{waiting} of {wandb['segments']} segments not uploaded" if waiting else "uploaded as it trained"
+        state = "not uploaded; `mmtrain sync` does it" if wandb["is_waiting"] else "uploaded"
         places["W&B"] = f"run {wandb['id']}: {state}"
     if run.goes_on:
         places["next"] = f"mmtrain runs watch {folder}"
