@@ -126,7 +126,7 @@ def _any_config() -> DictConfig:
 
 def _check_type(key: str, value: Any, raw_value: str) -> None:
     try:
-        OmegaConf.update(_any_config(), key, value)
+        OmegaConf.update(_any_config(), key, value, merge=False)
     except OmegaConfBaseException as error:
         raise UserError(f"{key}={raw_value} must be {expectation(key)}") from error
 

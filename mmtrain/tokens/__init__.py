@@ -7,6 +7,7 @@ It must never know about training sequences, masks or batches, and never unpickl
 from mmtrain.tokens.image import ImageTokenizer
 from mmtrain.tokens.image_training import train_image_tokenizer
 from mmtrain.tokens.layout import TokenDocument, TokenSegment, document_to_tokens, tokens_to_segments
+from mmtrain.tokens.precision import has_fast_bf16
 from mmtrain.tokens.text import TextTokenizer
 from mmtrain.tokens.vocabulary import MODALITIES, Vocabulary
 
@@ -18,6 +19,7 @@ __all__ = [
     "TokenSegment",
     "Vocabulary",
     "document_to_tokens",
+    "has_fast_bf16",
     "tokens_to_segments",
     "train_image_tokenizer",
 ]

@@ -1,6 +1,5 @@
 """What a search leaves for people: search.json, the best trial as an experiment, and the table at its end."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -68,23 +67,18 @@ def write_record(search: Search, study: Any, command: str) -> None:
     }
     write_text_atomic(search.folder / SEARCH, json.dumps(content, indent=1) + "\n")
     if best:
-        (search.folder / BEST).parent.mkdir(exist_ok=True)
-        with contextlib.suppress(UserError):  # the option of a folder that is gone
-            job = search.job(best.number, chosen_of(search, best))
-            comment = f"the best of {len(trials)} trials of {search.folder.name}: {job.name}, "
-            comment += f"{search.settings.sweep.metric} {best.value:.4f}"
-            write_text_atomic(search.folder / BEST, as_experiment(search, job, comment))
+        comment = f"the best of {search.folder.name}: trial-{best.number:04d}, {search.settings.sweep.metric} {best.value:.4f}"
+        file = search.folder / BEST
+        if not file.exists() or comment not in file.read_text(encoding="utf-8"):
+            file.parent.mkdir(exist_ok=True)
+            job = search.job(best.number, {key: str(best.params[key]) for key in search.space})
+            write_text_atomic(file, as_experiment(search, job, comment))
 
 
 def best_of(trials: list[Any]) -> Any:
     """The completed trial of the smallest loss, or None."""
     completed = [trial for trial in trials if trial.state.name == "COMPLETE"]
     return min(completed, key=lambda trial: trial.value, default=None)
-
-
-def chosen_of(search: Search, trial: Any) -> dict[str, str]:
-    """The values of a trial as a command line says them."""
-    return {key: str(trial.params[key]) for key in search.space}
 
 
 def print_search(search: Search, study: Any, was_stopped: bool) -> int:
