@@ -14,8 +14,8 @@ from mmtrain.config import Config, TrackConfig, UserError
 from mmtrain.config.compose import compose, with_overrides
 from mmtrain.config.listing import groups
 from mmtrain.config.override import read_override
-from mmtrain.config.suggest import known_keys, section_names
 from mmtrain.config.search import plan_search, with_name
+from mmtrain.config.suggest import known_keys, section_names
 from mmtrain.config.sweep import expand
 from mmtrain.config.validate import walk
 from mmtrain.tokens import TokenDocument, TokenSegment, Vocabulary

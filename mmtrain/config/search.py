@@ -1,6 +1,6 @@
 """A search: the words of `mmtrain sweep` in, a checked search space and the job of each trial out.
 
-A space has the names of settings, each with its values, or with a range: [0.0, 0.1], {low: 1e-4, high: 1e-1, log: true},
+A space has the names of settings, each with its values, or a range: [0.0, 0.1], {low: 1e-4, high: 1e-1, log: true},
 {low: 2, high: 6, step: 2}. Whole numbers are drawn for settings that are whole numbers.
 """
 

@@ -1,4 +1,4 @@
-"""A scaling ladder in three panels: loss against FLOPs by size, loss against size by budget, the best size by budget."""
+"""A scaling ladder in three panels: loss against FLOPs, loss against size, the compute-optimal size against FLOPs."""
 
 import io
 from collections.abc import Sequence
@@ -55,8 +55,12 @@ def scaling_figure(
     optimum.fill_between(along, *np.percentile(replicates, (2.5, 97.5), axis=0), color=TOKEN_COLOR, alpha=0.15)
     optimum.plot(along, best_n, color=TOKEN_COLOR, label="N(C) of the fit, 95 % interval")
     winners = [min(group, key=lambda p: p.losses[loss]) for group in groups]
-    optimum.plot([p.flops for p in winners], [p.parameters for p in winners], "o", color=INK, label="best size measured")
-    optimum.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="parameters N", title="Compute-optimal size")
+    optimum.plot(
+        [p.flops for p in winners], [p.parameters for p in winners], "o", color=INK, label="best size measured"
+    )
+    optimum.set(
+        xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="parameters N", title="Compute-optimal size"
+    )
     optimum.set_ylim(sizes[0] / 4, sizes[-1] * 8)
     optimum.legend(fontsize=8, frameon=False)
     for panel in (frontier, sizes_panel, optimum):

@@ -18,7 +18,8 @@ VERBS: dict[str, str] = {
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
-CONFIGURED = ("data", "tokenizer", "retrieval", "train", "sweep", "generate", "evaluate", "flops", "plan", "report", "doctor")
+CONFIGURED = ("data", "tokenizer", "retrieval", "train", "sweep", "generate", "evaluate", "flops", "plan", "report")
+CONFIGURED += ("doctor",)
 """Verbs that take KEY=VALUE, and so `--cfg job`."""
 
 OF_A_RUN = ("generate", "evaluate", "report")
@@ -160,12 +161,12 @@ mmtrain sweep sweep=NAME [settings]
 mmtrain sweep ladder [settings]
 mmtrain sweep wandb sweep=NAME [out=FILE] [settings]
 
-Searches the settings of sweep.space (an option of the group sweep, or a section of an experiment): sweep.trials trials
-of `mmtrain train`, chosen by sweep.sampler (tpe, random, grid), bad ones ended early by sweep.pruner on their validation
-losses. All in root/name, by default runs/NAME: study.db, search.json with the FLOPs spent and saved, experiment/best.yaml
-with the best settings, a run directory per trial. The same command in another terminal is a second worker; on
-several machines with sweep.storage=URL. Stopped or killed, it goes on: no trial is run twice. Every value and both
-ends of every range are checked before the first trial starts. Needs the extra `search` (optuna).
+Searches the settings of sweep.space (an option of the group sweep, or a section of an experiment): sweep.trials
+trials of `mmtrain train`, chosen by sweep.sampler (tpe, random, grid), bad ones ended early by sweep.pruner on their
+validation losses. All in root/name, by default runs/NAME: study.db, search.json with the FLOPs spent and saved,
+experiment/best.yaml with the best settings, a run directory per trial. The same command in another terminal is a
+second worker; on several machines with sweep.storage=URL. Stopped or killed, it goes on: no trial is run twice. Every
+value and both ends of every range are checked before the first trial starts. Needs the extra `search` (optuna).
 
 ladder  sizes (sweep.cases) x budgets in FLOPs (sweep.grid) as of `mmtrain train -m`; then
         `mmtrain report scaling runs/ladder` fits L(N, D) and names the compute-optimal size.
@@ -280,7 +281,8 @@ compare   reads the ledgers and evaluations (task=shapes) of many runs, token mo
           with intervals, which family is ahead at which budget, where the curves cross, both beside published models.
 scaling   fits L(N, D) = E + A / N^alpha + B / D^beta to the runs of a ladder (Hoffmann et al. 2022, approach 3), all
           tokens and each modality, with bootstrap intervals; predicts the runs of the largest budget from the others;
-          names the compute-optimal size for flops=NUMBER; writes scaling.json and scaling.png. Needs the extra `search`.
+          names the compute-optimal size for flops=NUMBER; writes scaling.json and scaling.png. Needs scipy
+          (extra `search`).
 
 Example
   mmtrain report run=runs/quickstart

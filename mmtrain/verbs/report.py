@@ -25,7 +25,7 @@ SQUARED_ERROR = "mean squared error of normalized latents"
 
 
 def main(argv: list[str]) -> int:
-    """Sample a few held-out documents and write RUN/report.html; `ablation`, `compare` and `scaling` are of many runs."""
+    """Sample a few held-out documents and write RUN/report.html; `ablation`, `compare`, `scaling` are of many."""
     if argv[:1] == ["ablation"]:
         return ablation.main(argv[1:])
     if argv[:1] == ["compare"]:

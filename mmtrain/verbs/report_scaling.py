@@ -137,7 +137,7 @@ def _predictions(name: str, predicted: list[tuple[Point, float]] | None, record:
         "predicted": {point.name: value for point, value in predicted},
         "errors": errors,
     }
-    value = dict((point.name, value) for point, value in predicted)[largest.name]
+    value = predicted[-1][1]
     return [
         f"{name}: the largest run, {largest.name}, held out with all of its budget: predicted {value:.4f}, measured "
         f"{largest.losses[name]:.4f} ({100 * errors[largest.name]:+.2f} %); the best one, {best.name}, "

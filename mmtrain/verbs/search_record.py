@@ -67,7 +67,8 @@ def write_record(search: Search, study: Any, command: str) -> None:
     }
     write_text_atomic(search.folder / SEARCH, json.dumps(content, indent=1) + "\n")
     if best:
-        comment = f"the best of {search.folder.name}: trial-{best.number:04d}, {search.settings.sweep.metric} {best.value:.4f}"
+        what = f"trial-{best.number:04d}, {search.settings.sweep.metric} {best.value:.4f}"
+        comment = f"the best of {search.folder.name}: {what}"
         file = search.folder / BEST
         if not file.exists() or comment not in file.read_text(encoding="utf-8"):
             file.parent.mkdir(exist_ok=True)

@@ -67,7 +67,9 @@ def test_a_sweep_has_its_own_name_and_no_second_one() -> None:
 
 
 def test_the_best_trial_is_an_experiment_that_composes_to_the_same(tmp_path: Path) -> None:
-    search = plan_search(["experiment=shapes_tiny", "sweep.space={optim.lr:[0.01,0.02]}", "model=cm3leon_tiny", "seed=3"])
+    search = plan_search(
+        ["experiment=shapes_tiny", "sweep.space={optim.lr:[0.01,0.02]}", "model=cm3leon_tiny", "seed=3"]
+    )
     job = search.job(4, {"optim.lr": "0.02"})
     text = as_experiment(search, job, "the best of 5")
     assert text.startswith("# @package _global_\n# the best of 5\n") and len(text.splitlines()) < 15

@@ -10,7 +10,9 @@ PLANTED = Law(E=0.8, A=30.0, B=60.0, alpha=0.4, beta=0.35, per_token=6.5)
 SIZES = (20_000, 40_000, 80_000, 160_000, 320_000)
 
 
-def ladder(noise: float, sizes: tuple[int, ...] = SIZES, flops: tuple[float, ...] = (1e11, 4e11, 1.6e12)) -> list[Point]:
+def ladder(
+    noise: float, sizes: tuple[int, ...] = SIZES, flops: tuple[float, ...] = (1e11, 4e11, 1.6e12)
+) -> list[Point]:
     stream = np.random.default_rng(1)
     points = []
     for size in sizes:

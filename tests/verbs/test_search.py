@@ -168,5 +168,3 @@ def test_a_storage_that_does_not_answer_is_one_sentence(folder: Path, capsys: py
             error = capsys.readouterr().err
             assert sentence in error and "secret" not in error and error.count("\n") == 1, error
     assert not list(folder.glob("trial-*"))
-
-

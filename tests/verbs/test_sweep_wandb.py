@@ -24,7 +24,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wandb_reads_the_space_of_the_search(file: Path) -> None:
     content = load_sweep_config(str(file))
     assert content is not None
-    float_, int_, choice = (getattr(optuna.distributions, f"{kind}Distribution") for kind in ("Float", "Int", "Categorical"))
+    float_, int_, choice = (
+        getattr(optuna.distributions, f"{kind}Distribution") for kind in ("Float", "Int", "Categorical")
+    )
     assert search_space_from_sweep_config(content["parameters"]) == {
         "optim.lr": float_(1e-3, 0.1, log=True),
         "optim.weight_decay": choice([0.0, 0.05, 0.2]),
@@ -45,7 +47,9 @@ def test_what_an_agent_runs_is_a_command_of_mmtrain(file: Path, tmp_path: Path) 
     (tmp_path / "mmtrain").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "mmtrain").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": "ab12cd34"}
-    verb, *settings = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
+    verb, *settings = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     config = compose(settings[:-1])
     assert verb == "train" and config.name == "ab12cd34" and config.root == "a b/lr_search"
     assert (config.optim.lr, config.optim.weight_decay, config.model.layers) == (0.0123, 0.05, 3)
