@@ -61,11 +61,6 @@ class Search:
     """The words that all trials have."""
     config_dir: Path | None = None
 
-    @property
-    def first(self) -> Job:
-        """A trial at the first value of every setting."""
-        return self.job(0, {key: choices[0] for key, choices in _to_try(self.space).items()})
-
     def job(self, number: int, chosen: Mapping[str, str]) -> Job:
         """The trial `number`; chosen: values by setting. Raises UserError for a combination that cannot work."""
         name = f"trial-{number:04d}"
@@ -92,8 +87,8 @@ def with_name(words: list[str], option: str | None = None) -> list[str]:
     return words if "name" in given or not given.get("sweep") else [*words, f"name={given['sweep']}"]
 
 
-def plan_search(words: list[str], config_dir: Path | None = None) -> Search:
-    """The search that the words of a command describe; every value and both ends of every range are tried.
+def plan_search(words: list[str], config_dir: Path | None = None) -> tuple[Search, list[Job]]:
+    """The search that the words of a command describe, and jobs with every value and both ends of every range.
 
     Raises UserError for the first thing that does not exist or cannot work.
     """
@@ -111,13 +106,15 @@ def plan_search(words: list[str], config_dir: Path | None = None) -> Search:
     search = Search(Path(settings.root) / settings.name, settings, space, own, config_dir)
     _check_settings(search)
     first = {key: choices[0] for key, choices in _to_try(space).items()}
-    for key, choices in _to_try(space).items():
-        for choice in choices[0 if key == next(iter(space)) else 1 :]:
-            try:
-                search.job(0, first | {key: choice})
-            except UserError as error:
-                raise UserError(f"sweep.space: with {key}={choice}, {error}") from error
-    return search
+    tried = [first, *({key: choice} for key, choices in _to_try(space).items() for choice in choices[1:])]
+    jobs = []
+    for chosen in tried:
+        try:
+            jobs.append(search.job(0, first | chosen))
+        except UserError as error:
+            said = ", ".join(f"{key}={choice}" for key, choice in chosen.items())
+            raise UserError(f"sweep.space: with {said}: {error}") from error
+    return search, jobs
 
 
 def read_space(space: Mapping[str, Any], known: Mapping[str, Mapping[str, Path]]) -> Space:

@@ -18,8 +18,9 @@ VERBS: dict[str, str] = {
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
-CONFIGURED = ("data", "tokenizer", "retrieval", "train", "sweep", "generate", "evaluate", "flops", "plan", "report")
-CONFIGURED += ("doctor",)
+CONFIGURED = (
+    *("data", "tokenizer", "retrieval", "train", "sweep", "generate", "evaluate", "flops", "plan", "report", "doctor"),
+)
 """Verbs that take KEY=VALUE, and so `--cfg job`."""
 
 OF_A_RUN = ("generate", "evaluate", "report")

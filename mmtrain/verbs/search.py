@@ -25,13 +25,12 @@ from mmtrain.config.compose import load_frozen, with_overrides
 from mmtrain.config.search import Search, plan_search
 from mmtrain.config.sweep import Job
 from mmtrain.track import read_metrics, redact
-from mmtrain.train.launch import check_batch, num_ranks
 from mmtrain.train.run import check_run
 from mmtrain.train.stop import StopSignals
 from mmtrain.train.supervise import FINISHED
 from mmtrain.verbs.search_record import FLOPS, PRUNED_AT, REASON, flops_of, print_search, write_record
 from mmtrain.verbs.study import open_study, sampler_for, suggest
-from mmtrain.verbs.sweep import SWEEP, places_of
+from mmtrain.verbs.sweep import SWEEP, check_ranks, places_of
 from mmtrain.verbs.sweep_job import FAILED, Entry, Running, start
 
 OWNER = ".search.lock"
@@ -64,15 +63,13 @@ class Trial:
 
 def main(argv: list[str]) -> int:
     """Run trials until there are sweep.trials; 1 when one failed."""
-    search = plan_search(argv)
-    settings, first = search.settings.sweep, search.first
+    search, tried = plan_search(argv)
+    settings = search.settings.sweep
     for task in settings.evaluate:
-        with_overrides(first.config, [f"task={task}"])
-    places = places_of((first,) * settings.trials, settings.parallel)
-    devices = places[0].get("CUDA_VISIBLE_DEVICES", "")
-    check_batch(
-        first.config, first.config.engine.ranks or (len(devices.split(",")) if devices else num_ranks(first.config))
-    )
+        with_overrides(tried[0].config, [f"task={task}"])
+    places = places_of(tuple(tried[:1]) * settings.trials, settings.parallel)
+    for job in tried:
+        check_ranks(job, places)
     _check_folder(search.folder)
     with _locked(search.folder):
         study = open_study(search)

@@ -94,19 +94,26 @@ def visible_gpus(count: int) -> list[str]:
 
 def check_jobs(sweep: Sweep, places: list[dict[str, str]]) -> None:
     """Raise UserError for what would make a job fail at its start, before any job is started."""
-    devices = places[0].get("CUDA_VISIBLE_DEVICES")
     for job in sweep.jobs:
-        engine = job.config.engine
-        if len(places) > 1 and (engine.hostfile or engine.master_port):
-            key = "hostfile" if engine.hostfile else "master_port"
-            raise UserError(f"engine.{key} is for one job at a time; set sweep.parallel=1, or leave it out")
+        check_ranks(job, places)
         try:
-            check_batch(job.config, engine.ranks or (len(devices.split(",")) if devices else num_ranks(job.config)))
             check_run(sweep.folder / job.name, job.config)
         except UserError as error:
             raise UserError(f"job {job.name}: {error}") from error
     for task in sweep.settings.sweep.evaluate:
         with_overrides(sweep.jobs[0].config, [f"task={task}"])
+
+
+def check_ranks(job: Job, places: list[dict[str, str]]) -> None:
+    """Raise UserError for a job whose ranks do not fit the others, or its batch."""
+    engine, devices = job.config.engine, places[0].get("CUDA_VISIBLE_DEVICES")
+    if len(places) > 1 and (engine.hostfile or engine.master_port):
+        key = "hostfile" if engine.hostfile else "master_port"
+        raise UserError(f"engine.{key} is for one job at a time; set sweep.parallel=1, or leave it out")
+    try:
+        check_batch(job.config, engine.ranks or (len(devices.split(",")) if devices else num_ranks(job.config)))
+    except UserError as error:
+        raise UserError(f"job {job.name}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ SHELL = ["/bin/sh", "-c", 'exec mmtrain train "$@" name="$WANDB_RUN_ID"', "mmtra
 def main(argv: list[str]) -> int:
     """Write SEARCH/wandb-sweep.yaml, or the file of out=FILE."""
     outs = [word.partition("=")[2] for word in argv if word.startswith("out=")]
-    search = plan_search([word for word in argv if not word.startswith("out=")])
+    search, _ = plan_search([word for word in argv if not word.startswith("out=")])
     path = Path(outs[-1]) if outs else search.folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, yaml.safe_dump(sweep_file(search), sort_keys=False, width=120))

@@ -45,8 +45,8 @@ def test_what_is_no_space_is_one_sentence(key: str, asked: object, sentence: str
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["sweep.space={optim.clip:{low:-1.0,high:1.0}}"], "with optim.clip=-1.0, optim.clip=-1.0 is too small"),
-        (["sweep.space={stream.sequence_length:[128,16]}"], "with stream.sequence_length=16, "),
+        (["sweep.space={optim.clip:{low:-1.0,high:1.0}}"], "with optim.clip=-1.0: optim.clip=-1.0 is too small"),
+        (["sweep.space={stream.sequence_length:[128,16]}"], "with stream.sequence_length=16: "),
         (["sweep.space={optim.lr:{low:0.1,high:1.0}}", "sweep.sampler=grid"], "the range of optim.lr has none"),
         (["sweep.space={seed:[1,2]}", "train.evaluate_every=0"], "no validation loss before the end"),
         (["sweep.space={seed:[1,2]}", "seed=3"], "there is no search space"),
@@ -67,7 +67,7 @@ def test_a_sweep_has_its_own_name_and_no_second_one() -> None:
 
 
 def test_the_best_trial_is_an_experiment_that_composes_to_the_same(tmp_path: Path) -> None:
-    search = plan_search(
+    search, _ = plan_search(
         ["experiment=shapes_tiny", "sweep.space={optim.lr:[0.01,0.02]}", "model=cm3leon_tiny", "seed=3"]
     )
     job = search.job(4, {"optim.lr": "0.02"})

@@ -34,7 +34,7 @@ lr = float(words["optim.lr"])
 if lr > 0.3:
     print("mmtrain: lr is planted", file=sys.stderr); sys.exit(1)
 while step < 10 and not asked:
-    time.sleep(0.05); step += 1
+    time.sleep(0.2); step += 1
     with open(trained, "a") as file: file.write(f"{step}\\n")
     loss = abs(math.log10(lr) + 2) + int(words["model.layers"]) / 10 + 10 - step
     with open(run / "metrics.jsonl", "a") as file: file.write(json.dumps(dict(step=step, val_loss=loss)) + "\\n")
@@ -50,7 +50,7 @@ engine: {ranks: 1}
 train: {steps: 10, evaluate_every: 1}
 optim: {warmup_steps: 1}
 sweep:
-  trials: 8
+  trials: 6
   sampler: random
   space:
     optim.lr: {low: 1.0e-4, high: 1.0e-1, log: true}
@@ -98,7 +98,7 @@ def test_two_workers_that_are_killed_leave_a_search_that_goes_on_and_runs_nothin
     assert cli.main(["sweep", "experiment=some", "sweep.parallel=2"]) == 0
     found = record(folder)
     trials = found["trials"]
-    assert [trial["name"] for trial in trials] == [f"trial-{i:04d}" for i in range(8)]
+    assert [trial["name"] for trial in trials] == [f"trial-{i:04d}" for i in range(6)]
     assert {trial["state"] for trial in trials} == {"complete", "pruned"}
     for trial in trials:
         steps = [int(line) for line in (folder / trial["name"] / "trained").read_text().split()]
@@ -106,7 +106,8 @@ def test_two_workers_that_are_killed_leave_a_search_that_goes_on_and_runs_nothin
         assert len(steps) == 10 if trial["state"] == "complete" else 1 <= len(steps) < 10
         assert trial["flops"]["training"] == 1000 * len(steps) and trial["flops"]["without_pruning"] == 10_000
     assert found["flops"]["training"] == sum(trial["flops"]["training"] for trial in trials)
-    assert found["flops"]["without_pruning"] == 80_000 and found["flops"]["saved"] > 0.2
+    spent = found["flops"]
+    assert spent["without_pruning"] == 60_000 and spent["saved"] == round(1 - spent["training"] / 60_000, 4) > 0
     best = min((trial for trial in trials if trial["state"] == "complete"), key=lambda trial: trial["metric"])
     assert found["best"] == best["name"]
     config = compose(["experiment=best"], folder)
