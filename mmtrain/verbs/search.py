@@ -59,6 +59,14 @@ class Trial:
     """The share at which it was told to end."""
     steps: int = 0
     """Those that it is to train; 0 until its directory says so."""
+    is_asked: bool = False
+    """Whether it was asked to end; a second time would end it at once, without saving."""
+
+    def ask_to_end(self) -> None:
+        """Let it finish its step and save."""
+        if self.running and not self.is_asked:
+            self.running.terminate()
+            self.is_asked = True
 
 
 def main(argv: list[str]) -> int:
@@ -105,24 +113,19 @@ class Worker:
 
     def run(self, places: list[dict[str, str]]) -> bool:
         """Work until there is no more to do; True when somebody asked to stop."""
-        free, working = list(enumerate(places)), dict[int, Trial]()
+        free, working = list(range(len(places))), dict[int, Trial]()
         with StopSignals("stopping: every trial finishes its step and saves", "the same command goes on") as stop:
             try:
-                asked = False
                 while True:
                     while free and not stop.asked and (taken := self.take()):
-                        number, _ = free.pop(0)
-                        working[number] = taken
+                        working[free.pop(0)] = taken
                     if not working:
                         return stop.asked
-                    if stop.asked and not asked:
-                        asked = True
-                        for one in working.values():
-                            if one.running:
-                                one.running.terminate()
                     for number, one in list(working.items()):
+                        if stop.asked:
+                            one.ask_to_end()
                         if self.advance(one, places[number], stop.asked):
-                            free.append((number, places[number]))
+                            free.append(number)
                             del working[number]
                     time.sleep(POLL_SECONDS)
             finally:
@@ -227,11 +230,10 @@ class Worker:
                 continue
             one.losses[share] = loss
             one.trial.report(loss, share)
-            if not at_end and share < 100 and one.pruned_at is None and one.trial.should_prune():
+            if not at_end and share < 100 and not one.is_asked and one.trial.should_prune():
                 one.trial.set_user_attr(PRUNED_AT, share)  # first: a worker that is killed here must not go on
                 one.pruned_at = share
-                assert one.running is not None
-                one.running.terminate()
+                one.ask_to_end()
 
     def _end(self, one: Trial) -> bool:
         """Tell optuna how the trial ended, and the user; it may go on later when it was stopped."""
@@ -239,7 +241,7 @@ class Worker:
 
         entry, state = one.entry, optuna.trial.TrialState
         loss, said = one.losses.get(100), f"{entry.name}: "
-        if entry.state == FINISHED or entry.state == FAILED or one.pruned_at is not None:
+        if entry.state in (FINISHED, FAILED) or one.pruned_at is not None:
             one.trial.set_user_attr(FLOPS, flops_of(entry.folder))
         if entry.state == FINISHED and loss is not None:
             self.study.tell(one.trial, loss)
@@ -256,10 +258,10 @@ class Worker:
         else:
             self._left.add(one.trial.number)
             said += entry.reason or "not started"
-        os.close(one.owner)
         ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
         print(f"{ended} ended  {said}", flush=True)
         self.write()
+        os.close(one.owner)
         return True
 
     def write(self) -> None:

@@ -116,7 +116,7 @@ def test_two_workers_that_are_killed_leave_a_search_that_goes_on_and_runs_nothin
 
 def test_what_is_drawn_depends_on_the_seed_alone(folder: Path) -> None:
     for name in "ab":
-        assert cli.main(["sweep", "experiment=some", "sweep.trials=2", "sweep.pruner=none", f"name={name}"]) == 0
+        assert cli.main(["sweep", "experiment=some", "sweep.trials=2", "sweep.pruner=hyperband", f"name={name}"]) == 0
     first, second = ([t["settings"] for t in record(folder.with_name(name))["trials"]] for name in "ab")
     assert first == second and first[0] != first[1]
 
