@@ -14,6 +14,7 @@ from mmtrain.config import Config, TrackConfig, UserError
 from mmtrain.config.compose import compose, with_overrides
 from mmtrain.config.listing import groups
 from mmtrain.config.override import read_override
+from mmtrain.config.search import plan_search, with_name
 from mmtrain.config.suggest import known_keys, section_names
 from mmtrain.config.sweep import expand
 from mmtrain.config.validate import walk
@@ -93,8 +94,15 @@ def check_command(words: list[str]) -> None:
         assert keys <= {"run", "name", "out", "dtype", "shard_bytes"}, settings
         assert len(others) <= (verb == "import"), others
         return
-    if verb == "report" and others[:1] == ["compare"]:
-        assert all(word.startswith("out=") for word in settings), settings
+    if verb == "report" and others[:1] in (["compare"], ["scaling"]):
+        assert all(word.startswith(("out=", "flops=")) for word in settings), settings
+        return
+    if verb == "sweep":
+        assert others in ([], ["wandb"], ["ladder"]), others
+        if settings and others == ["ladder"]:
+            expand(with_name(settings, "ladder"))
+        elif settings:
+            plan_search(settings)
         return
     if verb == "runs":
         assert others[:1] in ([], ["ls"], ["show"], ["compare"], ["watch"]), others

@@ -55,7 +55,7 @@ def read_override(text: str, groups: Mapping[str, Mapping[str, Path]]) -> Overri
         _check_option(key, value, groups[key])
     else:
         _check_type(key, value, raw_value)
-    adds = "++" if _declared_type(key).startswith("dict[") else ""  # its keys are not in the schema
+    adds = "++" if declared_type(key).startswith("dict[") else ""  # its keys are not in the schema
     return Override(key, value, is_choice, f"{adds}{key}={raw_value}")
 
 
@@ -70,7 +70,7 @@ def _unknown_key(key: str, raw_value: str, groups: Mapping[str, Mapping[str, Pat
 
 def _parse(key: str, raw_value: str) -> tuple[Any, str]:
     """The value as Python sees it, and the text that says so to Hydra."""
-    declared = _declared_type(key)
+    declared = declared_type(key)
     takes_null = declared.endswith(" | None") and raw_value.lower() == "null"
     if declared.startswith("str") and not takes_null and not raw_value.startswith(("'", '"')) and "${" not in raw_value:
         # The value of a text key is what was typed: name=2024_10_31 is no number, notes=a, b no list.
@@ -126,7 +126,7 @@ def _any_config() -> DictConfig:
 
 def _check_type(key: str, value: Any, raw_value: str) -> None:
     try:
-        OmegaConf.update(_any_config(), key, value)
+        OmegaConf.update(_any_config(), key, value, merge=False)
     except OmegaConfBaseException as error:
         raise UserError(f"{key}={raw_value} must be {expectation(key)}") from error
 
@@ -137,7 +137,7 @@ def _field(key: str) -> Any:
     return owner.__dataclass_fields__[leaf]  # type: ignore[union-attr]
 
 
-def _declared_type(key: str) -> str:
+def declared_type(key: str) -> str:
     """`int`, `str | None`, `list[int]`; empty for the name of a group."""
     if key not in known_keys():
         return ""
@@ -147,7 +147,7 @@ def _declared_type(key: str) -> str:
 
 def expectation(key: str) -> str:
     """What a value of `key` must be, with the meaning of the key."""
-    declared = _declared_type(key)
+    declared = declared_type(key)
     meaning = f" ({_field(key).metadata['help'].rstrip('.')})" if key in known_keys() else ""
     if declared.startswith("list["):
         return f"a list such as {'[8,5,5,5]' if 'int' in declared else '[one,two]'}{meaning}"

@@ -399,13 +399,21 @@ class TaskConfig:
 
 @dataclass
 class SweepConfig:
-    """Several runs by one command, `mmtrain train -m`: every case crossed with every value of every axis."""
+    """Several runs by one command: `mmtrain train -m`, every case crossed with every value of every axis; `mmtrain sweep`, a search."""
 
     grid: dict[str, list[Any]] = knob({}, "Axes and their values, such as {seed:[1,2],model:[tiny,small]}; an axis on the command line (optim.lr=1e-3,3e-3) replaces that of the same name here.")
     cases: dict[str, list[str]] = knob({}, "Named sets of settings, such as {none: [retrieval=none], nearest: [retrieval=cm3leon]}; set in files.")
     parallel: int = knob(1, "Jobs side by side (0: as many as the GPUs, or cores, of this machine carry).", minimum=0)
     evaluate: list[str] = knob([], "Tasks of `mmtrain evaluate` to measure each run on after its training, such as [shapes,loss].")
     retry_failed: bool = knob(False, "Start failed jobs again, too; without it they are left alone.")
+    space: dict[str, Any] = knob({}, "What a search varies: settings with a list of values, or with a range such as {low:1e-4,high:1e-1,log:true} or {low:2,high:6,step:2}; set in files. What the command line says of a setting takes it out.")
+    sampler: str = knob("tpe", "How a search chooses: tpe = tree-structured Parzen estimator (Bergstra et al. 2011), random, or grid = every point of the space, once.", choices=("tpe", "random", "grid"))
+    trials: int = knob(20, "Trials of a search over all its workers, pruned and failed ones included (grid: all points).", minimum=1)
+    metric: str = knob("val_loss", "What a search makes small: the last validation loss of a trial.", choices=("val_loss", "val_loss_text", "val_loss_image"))
+    pruner: str = knob("halving", "How bad trials are ended early, on their validation losses: halving = asynchronous successive halving (Li et al. 2020), hyperband, or none.", choices=("halving", "hyperband", "none"))
+    first_rung: float = knob(0.1, "Share of its steps after which a trial is compared with the others for the first time.", minimum=0.01, maximum=1.0)
+    reduction: int = knob(3, "At a rung one trial of so many goes on; the next rung is so many times later.", minimum=2)
+    storage: str | None = knob(None, "Where optuna keeps the study: a URL such as postgresql://HOST/NAME or mysql+pymysql://HOST/NAME, for workers on several machines (default: sqlite, study.db in the folder of the search).")
 
 
 @dataclass

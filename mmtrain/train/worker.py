@@ -272,10 +272,11 @@ def open_sources(config: Config, artifacts: Artifacts, split: str, channels: Seq
 
 
 def first_run_id(folder: Path) -> str:
-    """The tracking id of a run, kept from its first start on."""
+    """The tracking id of a run, kept from its first start on; an agent of a W&B sweep chooses it."""
     file = folder / "run_id"
     if not file.exists():
-        file.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a W&B agent gives one
+        of_agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        file.write_text(of_agent or uuid.uuid4().hex[:8])
     return file.read_text().strip()
 
 

@@ -6,6 +6,7 @@ VERBS: dict[str, str] = {
     "tokenizer": "train the text or the image tokenizer",
     "retrieval": "find the neighbours of every document",
     "train": "train a run, or go on with it; prepares what is missing",
+    "sweep": "search settings, climb a ladder of sizes, write a W&B sweep",
     "generate": "draw and caption pictures, answer questions, fill gaps",
     "evaluate": "measure a run on held-out data",
     "export": "write a run as a Hugging Face folder",
@@ -19,7 +20,9 @@ VERBS: dict[str, str] = {
     "doctor": "check this machine and say how to mend what is wrong",
 }
 
-CONFIGURED = ("data", "tokenizer", "retrieval", "train", "generate", "evaluate", "flops", "plan", "report", "doctor")
+CONFIGURED = (
+    *("data", "tokenizer", "retrieval", "train", "sweep", "generate", "evaluate", "flops", "plan", "report", "doctor"),
+)
 """Verbs that take KEY=VALUE, and so `--cfg job`."""
 
 OF_A_RUN = ("generate", "evaluate", "report")
@@ -156,6 +159,27 @@ Example: four processes with ZeRO 3; the hosts of a file, going on without those
   mmtrain train experiment=quickstart engine=zero3 engine.ranks=4
   mmtrain train experiment=cm3leon_350m corpus.path=/data/pairs engine.hostfile=hosts.txt engine.restarts=20
 """,
+    "sweep": """\
+mmtrain sweep sweep=NAME [settings]
+mmtrain sweep ladder [settings]
+mmtrain sweep wandb sweep=NAME [out=FILE] [settings]
+
+Searches the settings of sweep.space (an option of the group sweep, or a section of an experiment): sweep.trials
+trials of `mmtrain train`, chosen by sweep.sampler (tpe, random, grid), bad ones ended early by sweep.pruner on their
+validation losses. All in root/name, by default runs/NAME: study.db, search.json with the FLOPs spent and saved,
+experiment/best.yaml with the best settings, a run directory per trial. The same command in another terminal is a
+second worker; on several machines with sweep.storage=URL. Stopped or killed, it goes on: no trial is run twice. Every
+value and both ends of every range are checked before the first trial starts. Needs the extra `search` (optuna).
+
+ladder  sizes (sweep.cases) x budgets in FLOPs (sweep.grid) as of `mmtrain train -m`; then
+        `mmtrain report scaling runs/ladder` fits L(N, D) and names the compute-optimal size.
+wandb   writes the same search as the file of a W&B sweep; `wandb agent` runs `mmtrain train` for each trial.
+
+Example
+  mmtrain sweep sweep=lr_search experiment=shapes_tiny
+  mmtrain sweep ladder experiment=shapes_tiny sweep.parallel=2
+  mmtrain sweep wandb sweep=lr_search experiment=shapes_tiny
+""",
     "generate": """\
 mmtrain generate [PROMPT ...] [settings]
 
@@ -246,6 +270,7 @@ Example: your own GPUs, with 40 GiB, 4 in a node, behind 200 Gbit/s, at a price
 mmtrain report [run=FOLDER]
 mmtrain report ablation sweep=FOLDER [baseline=ARM]
 mmtrain report compare RUN... | SWEEP_FOLDER [out=FOLDER]
+mmtrain report scaling SWEEP_FOLDER [flops=NUMBER] [out=FOLDER]
 
 Writes report.html into the run directory: one file, no network needed. What was trained on what, loss
 curves, reconstructions, neighbours, generated pictures beside the truth, the compute ledger beside
@@ -257,11 +282,16 @@ ablation  compares the arms of a sweep that was measured with task=loss (and sha
 compare   reads the ledgers and evaluations (task=shapes) of many runs, token models and diffusion models of any sizes,
           budgets and seeds, and writes comparison.html, comparison.json and pictures: quality against training FLOPs
           with intervals, which family is ahead at which budget, where the curves cross, both beside published models.
+scaling   fits L(N, D) = E + A / N^alpha + B / D^beta to the runs of a ladder (Hoffmann et al. 2022, approach 3), all
+          tokens and each modality, with bootstrap intervals; predicts the runs of the largest budget from the others;
+          names the compute-optimal size for flops=NUMBER; writes scaling.json and scaling.png. Needs scipy
+          (extra `search`).
 
 Example
   mmtrain report run=runs/quickstart
   mmtrain report ablation sweep=runs/ablate_retrieval baseline=none
   mmtrain report compare runs/iso_flop
+  mmtrain report scaling runs/ladder flops=1e13
 """,
     "runs": """\
 mmtrain runs ls [PATTERN ...] [--json] [root=DIR]

@@ -15,7 +15,7 @@ from mmtrain.retrieval import Neighbours, window_document
 from mmtrain.shards import DocumentShards
 from mmtrain.track import closing_box, goodput, read_metrics
 from mmtrain.track.report import ReportData, write_report
-from mmtrain.verbs import ablation, report_compare
+from mmtrain.verbs import ablation, report_compare, report_scaling
 from mmtrain.verbs.data import describe, left_out
 from mmtrain.verbs.trained import TrainedRun, open_trained, show_progress
 
@@ -26,11 +26,13 @@ SQUARED_ERROR = "mean squared error of normalized latents"
 
 
 def main(argv: list[str]) -> int:
-    """Sample a few held-out documents and write RUN/report.html; `ablation` and `compare` are reports of many runs."""
+    """Sample a few held-out documents and write RUN/report.html; `ablation`, `compare`, `scaling` are of many."""
     if argv[:1] == ["ablation"]:
         return ablation.main(argv[1:])
     if argv[:1] == ["compare"]:
         return report_compare.main(argv[1:])
+    if argv[:1] == ["scaling"]:
+        return report_scaling.main(argv[1:])
     run = open_trained(argv)
     path = write_report(run.folder, collect(run))
     closing_box("report", {"open": os.path.relpath(path)})

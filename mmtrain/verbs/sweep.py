@@ -21,6 +21,7 @@ from rich.table import Table
 
 from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import with_overrides
+from mmtrain.config.search import with_name
 from mmtrain.config.sweep import Job, Sweep, expand
 from mmtrain.flops import Ledger
 from mmtrain.track import closing_box, read_metrics, redact
@@ -33,10 +34,20 @@ from mmtrain.verbs.partitions import available_cores
 from mmtrain.verbs.sweep_job import FAILED, LOG, RUNNING, WAITING, Entry, Running, start
 
 SWEEP = "sweep.json"
+SEARCH = "search.json"  # of a search, in the same place
 POLL_SECONDS = 0.2
 
 
 def main(argv: list[str]) -> int:
+    """`mmtrain sweep`: a search; with `wandb` or `ladder` as the first word that."""
+    if argv[:1] == ["ladder"]:
+        return grid(with_name(argv[1:], "ladder"))
+    from mmtrain.verbs import search, sweep_wandb  # noqa: PLC0415 - they need this module
+
+    return sweep_wandb.main(argv[1:]) if argv[:1] == ["wandb"] else search.main(argv)
+
+
+def grid(argv: list[str]) -> int:
     """Check all jobs, run those that are missing; 1 when one failed, now or before."""
     sweep = expand(argv)
     settings = sweep.settings.sweep
@@ -83,14 +94,9 @@ def visible_gpus(count: int) -> list[str]:
 
 def check_jobs(sweep: Sweep, places: list[dict[str, str]]) -> None:
     """Raise UserError for what would make a job fail at its start, before any job is started."""
-    devices = places[0].get("CUDA_VISIBLE_DEVICES")
     for job in sweep.jobs:
-        engine = job.config.engine
-        if len(places) > 1 and (engine.hostfile or engine.master_port):
-            key = "hostfile" if engine.hostfile else "master_port"
-            raise UserError(f"engine.{key} is for one job at a time; set sweep.parallel=1, or leave it out")
+        check_ranks(job, places)
         try:
-            check_batch(job.config, engine.ranks or (len(devices.split(",")) if devices else num_ranks(job.config)))
             check_run(sweep.folder / job.name, job.config)
         except UserError as error:
             raise UserError(f"job {job.name}: {error}") from error
@@ -98,11 +104,24 @@ def check_jobs(sweep: Sweep, places: list[dict[str, str]]) -> None:
         with_overrides(sweep.jobs[0].config, [f"task={task}"])
 
 
+def check_ranks(job: Job, places: list[dict[str, str]]) -> None:
+    """Raise UserError for a job whose ranks do not fit the others, or its batch."""
+    engine, devices = job.config.engine, places[0].get("CUDA_VISIBLE_DEVICES")
+    if len(places) > 1 and (engine.hostfile or engine.master_port):
+        key = "hostfile" if engine.hostfile else "master_port"
+        raise UserError(f"engine.{key} is for one job at a time; set sweep.parallel=1, or leave it out")
+    try:
+        check_batch(job.config, engine.ranks or (len(devices.split(",")) if devices else num_ranks(job.config)))
+    except UserError as error:
+        raise UserError(f"job {job.name}: {error}") from error
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Lock the sweep; raises UserError when another process runs it, or when the folder is a run's."""
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is the directory of one run, not of a sweep; choose another name=")
+    for name, what in (("config.yaml", "directory of one run"), (SEARCH, "folder of a search")):
+        if (folder / name).exists():
+            raise UserError(f"{folder} is the {what}, not of a grid; choose another name=")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:

@@ -32,12 +32,12 @@ def main(argv: list[str]) -> int:
     if set(MANY) & set(argv):
         if prepare_only:
             raise UserError("`mmtrain train prepare` prepares one run; leave out -m, or leave out prepare")
-        return sweep.main([word for word in argv if word not in MANY])
+        return sweep.grid([word for word in argv if word not in MANY])
     config = replace(compose(argv[prepare_only:]), sweep=SweepConfig())
     if not prepare_only:  # else somebody else decides how many ranks there are
         check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name
-    if (run_dir / sweep.SWEEP).exists():
+    if any((run_dir / name).exists() for name in (sweep.SWEEP, sweep.SEARCH)):
         raise UserError(f"{run_dir} is the folder of a sweep, not of one run; choose another name=, or add -m")
     check_run(run_dir, config)
     artifacts = prepare(config)
