@@ -11,7 +11,7 @@ from mmtrain.config.listing import search_path
 from mmtrain.config.override import read_override
 from mmtrain.config.search import Range, Search, plan_search
 from mmtrain.track import closing_box
-from mmtrain.track.wandb_sink import wandb_key
+from mmtrain.track.wandb_names import wandb_key
 
 FILE = "wandb-sweep.yaml"
 METHODS = {"tpe": "bayes", "random": "random", "grid": "grid"}
