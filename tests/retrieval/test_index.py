@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -20,7 +21,7 @@ def clustered(count: int, seed: int) -> np.ndarray:
 
 
 VECTORS, QUERIES = clustered(N, 1), clustered(300, 2).astype(np.float32)
-BUDGET = {"flat": 2**30, "hnsw": 2**30, "ivfpq": 2**20}
+BUDGET = {"flat": 2**30, "rabitq": 2**30, "hnsw": 2**30, "ivfpq": 2**20}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,22 @@ def test_the_nearest_are_found_with_exact_scores(built, kind):
         facts = json.loads((built[kind] / "index.json").read_text())
         assert facts["recall_at_10"] >= 0.95 and facts["plan"]["depth"] > 0
         assert facts["bytes"] == (built[kind] / "index.faiss").stat().st_size
+        if kind != "ivfpq":  # small as it is, most of it is tables of the codes
+            assert facts["bytes"] == pytest.approx(facts["plan"]["bytes"], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["rabitq", "hnsw"])
+def test_a_search_looks_no_further_than_it_must(built, kind):
+    index = Index(built[kind], VECTORS)
+    depth = index.plan.depth
+    _, expected = exact_search(VECTORS, QUERIES[:100], 10)
+
+    def recall(depth: int) -> float:
+        index.plan = replace(index.plan, depth=depth)
+        _, found = index.search(QUERIES[:100], 10)
+        return np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)])
+
+    assert recall(depth - max(1, depth // 8)) < module.RECALL + module.MARGIN <= recall(depth)
 
 
 @pytest.mark.parametrize("kind", BUDGET)
@@ -67,9 +84,9 @@ def test_exact_search_over_blocks_is_that_over_all_at_once(monkeypatch):
 def test_the_kind_follows_size_and_memory():
     gib = 2**30
     assert plan_index(99_999, 512, gib).kind == "flat"
-    assert plan_index(100_000, 512, gib).kind == "hnsw"
-    large = plan_index(340_000_000, 512, 32 * gib)
-    assert large.kind == "ivfpq" and large.factory == "OPQ64_512,IVF131072_HNSW32,PQ64x8" and large.bytes <= 32 * gib
+    assert plan_index(100_000, 512, gib).kind == "rabitq"
+    large = plan_index(340_000_000, 512, 24 * gib)
+    assert large.kind == "ivfpq" and large.factory == "OPQ64_512,IVF131072_HNSW32,PQ64x8" and large.bytes <= 24 * gib
     assert plan_index(340_000_000, 512, 16 * gib).factory.endswith("PQ32x8")
     with pytest.raises(UserError, match=r"takes 5.* GiB at the least, and retrieval.index_memory=1 "):
         plan_index(340_000_000, 512, gib)
@@ -77,9 +94,10 @@ def test_the_kind_follows_size_and_memory():
         plan_index(340_000_000, 512, gib, "hnsw")
 
 
-def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["rabitq", "ivfpq"])
+def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(module, "PART", 1500)
-    plan, write = plan_index(N, D, BUDGET["ivfpq"], "ivfpq"), module._write_part
+    plan, write = plan_index(N, D, BUDGET[kind], kind), module._write_part
     written: list[str] = []
 
     def dies(index, path: Path) -> None:
@@ -94,9 +112,9 @@ def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatc
     build_index(VECTORS, plan, tmp_path, 0, QUERIES[:100])
     names = [f"part-{name}.faiss" for name in ("trained", "0000", "0001", "0001", "0002")]
     assert written == names and not list(tmp_path.glob("part-*"))
-    whole, parts = (faiss.read_index(str(folder / "index.faiss")) for folder in (built["ivfpq"], tmp_path))
+    whole, parts = (faiss.read_index(str(folder / "index.faiss")) for folder in (built[kind], tmp_path))
     assert whole.ntotal == parts.ntotal == N
-    straight, resumed = (Index(folder, VECTORS).search(QUERIES, 10)[1] for folder in (built["ivfpq"], tmp_path))
+    straight, resumed = (Index(folder, VECTORS).search(QUERIES, 10)[1] for folder in (built[kind], tmp_path))
     assert np.array_equal(straight, resumed)
 
 
