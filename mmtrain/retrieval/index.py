@@ -2,13 +2,14 @@
 
 Which kind (docs/explanation/retrieval.md): exact below 100,000 vectors; inverted lists of one bit a number (RaBitQ, Gao
 and Long 2024) where they fit the memory that the index may take; else IVF-PQ, whose codes are made to fit and which is
-memory-mapped. HNSW is there to be asked for. How far a search looks is tuned once, on real queries, until it finds 95 %
-of the 10 nearest.
+memory-mapped. HNSW takes the place of RaBitQ, if it fits, for vectors without clusters. How far a search looks is tuned
+once, on real queries, until it finds 95 % of the 10 nearest.
 """
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ OPQ_ITERATIONS, OPQ_POINTS = 8, 32_768  # 50 and 65,536, the defaults, take 9 mi
 RECALL, NEAREST = 0.95, 10
 MARGIN = 0.01  # other queries than those it is tuned on may find a little less
 DEEPEST = 4096  # efSearch, nprobe
+MOST_LISTS = 64  # a list costs 9 microseconds: where more must be searched, HNSW is faster
 # Candidates by codes are re-scored: so many for each that is wanted (tuned, too), and at least so many. Codes of a few
 # bytes rank well among hundreds and badly among ten: Deep1B's R@1 is .23 where R@100 is .77.
 RESCORED, FEWEST_RESCORED = (4, 16, 64), 64
@@ -53,6 +55,8 @@ class IndexPlan:
     depth: int = 0
     rescored: int = RESCORED[0]
     """rabitq, ivfpq: candidates by codes that are scored exactly, for each that is wanted."""
+    or_hnsw: bool = False
+    """rabitq: HNSW fits as well, and is built instead where tuning finds that more than MOST_LISTS must be searched."""
 
 
 def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPlan:
@@ -64,12 +68,14 @@ def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPl
     lists, code_bytes = clusters // 2, -(-d // 8) + FACTOR_BYTES  # a list costs more than what is in it
     list_bytes = 4 * d + 8 * HNSW_LINKS + LIST_BLOCK // 2 * code_bytes
     rabitq_bytes = n * (code_bytes + ID_BYTES) + lists * list_bytes + 4 * d * d
+    hnsw_bytes = n * (2 * d + 8 * HNSW_LINKS)
+    or_hnsw = kind == "auto" and hnsw_bytes <= memory_bytes
     if kind == "auto":
         kind = "flat" if n < MOST_EXACT else "rabitq" if rabitq_bytes <= memory_bytes else "ivfpq"
     if kind == "flat":
         return IndexPlan(kind, n, d, "Flat", BLOCK * d * 4)
     if kind in ("rabitq", "hnsw"):
-        num_bytes = rabitq_bytes if kind == "rabitq" else n * (2 * d + 8 * HNSW_LINKS)
+        num_bytes = rabitq_bytes if kind == "rabitq" else hnsw_bytes
         if num_bytes > memory_bytes:
             raise UserError(
                 f"an index of {n:,} vectors of kind {kind} takes {num_bytes / 2**30:.1f} GiB, and "
@@ -78,7 +84,7 @@ def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPl
         # The rotation spreads what tells vectors apart over all bits.
         quantizer = f"_HNSW{HNSW_LINKS}" if lists > MOST_EXACT_LISTS else ""
         factory = f"RR{d},IVF{lists}{quantizer},RaBitQfs" if kind == "rabitq" else f"HNSW{HNSW_LINKS},SQfp16"
-        return IndexPlan(kind, n, d, factory, num_bytes)
+        return IndexPlan(kind, n, d, factory, num_bytes, or_hnsw=or_hnsw)
     for m in CODE_BYTES:
         y = d // m * m
         num_bytes = n * (m + ID_BYTES) + clusters * (4 * y + 8 * HNSW_LINKS)
@@ -115,18 +121,22 @@ def build_index(
             raise UserError(f"vector {start + bad[0]} of the memory is not finite; build the neighbours again")
     facts: dict[str, Any] = {"plan": asdict(plan)}
     if plan.kind != "flat":
-        index = _hnsw(vectors, plan) if plan.kind == "hnsw" else _inverted_lists(vectors, plan, folder, seed)
-        faiss.write_index(index, str(folder / INDEX))
-        with open(folder / INDEX, "rb+") as file:
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if queries is None or not len(queries):
             rows = random_stream("tuning queries", seed).choice(len(vectors), min(len(vectors), TUNING_QUERIES), False)
             queries = vectors[np.sort(rows)].astype(np.float32)
         if len(queries) > TUNING_QUERIES:
             queries = queries[:: -(-len(queries) // TUNING_QUERIES)]
+        index = _hnsw(vectors, plan) if plan.kind == "hnsw" else _inverted_lists(vectors, plan, folder, seed)
         plan, recall = _tuned(plan, _rescored(index, vectors), vectors, queries)
+        if plan.or_hnsw and plan.depth > MOST_LISTS:
+            hnsw = plan_index(plan.num_vectors, plan.dimension, sys.maxsize, "hnsw")
+            index = _hnsw(vectors, hnsw)
+            plan, recall = _tuned(hnsw, _rescored(index, vectors), vectors, queries)
+        faiss.write_index(index, str(folder / INDEX))
+        with open(folder / INDEX, "rb+") as file:
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = (folder / INDEX).stat().st_size
         facts = {"plan": asdict(plan), "recall_at_10": recall, "bytes": num_bytes, "sha256": digest}
     write_text_atomic(folder / FACTS, json.dumps(facts, indent=1) + "\n")
@@ -201,7 +211,8 @@ def _rescored(index: Any, vectors: np.ndarray) -> Any:
     stored: Any = faiss.IndexScalarQuantizer(
         vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     )
-    stored.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(data), data.nbytes, stored.codes.owner)
+    codes: Any = faiss.MaybeOwnedVectorUInt8
+    stored.codes = codes.create_view(faiss.swig_ptr(data), data.nbytes, stored.codes.owner)
     stored.referenced_objects = [data]
     stored.ntotal, stored.is_trained = len(vectors), True
     return faiss.IndexRefine(index, stored)

@@ -72,6 +72,15 @@ def test_what_asks_for_more_than_there_is_gets_all_there_is(built, kind):
     assert (scores[numbers < 0] == -np.inf).all() and (numbers[:, 0] >= 0).all()
 
 
+def test_hnsw_takes_the_place_of_lists_of_which_too_many_must_be_searched(tmp_path, monkeypatch):
+    assert plan_index(100_000, 512, 2**30).or_hnsw and not plan_index(100_000, 512, 2**26).or_hnsw
+    plan = replace(plan_index(N, D, 2**30, "rabitq"), or_hnsw=True)
+    for most, kind in ((N, "rabitq"), (0, "hnsw")):
+        monkeypatch.setattr(module, "MOST_LISTS", most)
+        build_index(VECTORS, plan, tmp_path, 0, QUERIES[:100])
+        assert Index(tmp_path, VECTORS, verify=True).plan.kind == kind
+
+
 def test_exact_search_over_blocks_is_that_over_all_at_once(monkeypatch):
     expected = exact_search(VECTORS, QUERIES, 20)
     monkeypatch.setattr(module, "BLOCK", 700)
