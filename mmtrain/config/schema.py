@@ -154,7 +154,7 @@ class RetrievalConfig:
     modality: str = knob("any", "Documents that may be retrieved: any, or only those with both text and a picture (CM3leon).", choices=("any", "both"))
     block: list[str] = knob([], "Folders of document shards of evaluation sets: what shares 13 words in a row or a picture with them is never retrieved.")
     inlined: bool = knob(False, "Read the candidates' tokens beside each document (inlined shards, written once by a join), not by look-up in the memory's token shards.")
-    index: str = knob("auto", "Index of the memory: flat (exact), hnsw, ivfpq, or auto by size and index_memory.", choices=("auto", "flat", "hnsw", "ivfpq"))
+    index: str = knob("auto", "Index of the memory: flat (exact), rabitq, hnsw, ivfpq, or auto by size and index_memory.", choices=("auto", "flat", "rabitq", "hnsw", "ivfpq"))
     index_memory: float = knob(8.0, "Memory that the index may take while it is searched, in GiB.", minimum=0.001)
     max_score: float = knob(0.9, "A neighbour with a higher cosine similarity is a near-duplicate and is left out.", minimum=-1.0, maximum=1.0)
     query_dropout: float = knob(0.2, "Share of the query's words dropped before the search.", minimum=0.0, maximum=0.9)

@@ -1,14 +1,15 @@
 """The index of a memory: finds vectors that are near, and scores them exactly by the stored float16 vectors.
 
-Which kind, by the rules of autofaiss (docs/retrieval.md): exact below 100,000 vectors; HNSW where vectors and graph
-fit the memory that it may take; else IVF-PQ, whose codes are made to fit. How far a search looks is tuned once, on real
-queries, until it finds 95 % of the 10 nearest.
+Which kind (docs/explanation/retrieval.md): exact below 100,000 vectors; inverted lists of one bit a number (RaBitQ, Gao
+and Long 2024) where they fit the memory that the index may take; else IVF-PQ, whose codes are made to fit and which is
+memory-mapped. HNSW takes the place of RaBitQ, if it fits, for vectors without clusters. How far a search looks is tuned
+once, on real queries, until it finds 95 % of the 10 nearest.
 """
 
 import hashlib
 import json
 import os
-import warnings
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,33 +17,34 @@ from typing import Any
 
 import faiss
 import numpy as np
-import torch
 
 from mmtrain.config import UserError, write_text_atomic
 from mmtrain.config.randomness import random_stream
 
 INDEX, FACTS = "index.faiss", "index.json"
 BLOCK = 1 << 16  # vectors that are widened to float32 at a time
-PART = 1 << 23  # vectors that are added to an IVF-PQ index between two files
-MOST_EXACT = 100_000
+PART = 1 << 23  # vectors that are added to inverted lists between two files
+MOST_EXACT, MOST_EXACT_LISTS = 100_000, 4096  # an HNSW of 1,024 centers is slower than all of them
 HNSW_LINKS, HNSW_CONSTRUCTION = 32, 80
 CODE_BYTES = (256, 128, 64, 48, 32, 24, 16, 8)
-ID_BYTES = 8
-POINTS_PER_CLUSTER = 64  # 31 are the least that faiss wants, more than 100 give nothing
+ID_BYTES, FACTOR_BYTES = 8, 8
+LIST_BLOCK = 32  # codes that fast scan stores together; each list fills half of its last block on average
+POINTS_PER_CLUSTER, CLUSTER_ROUNDS = 39, 4  # fewer points than 39 make faiss warn
 OPQ_ITERATIONS, OPQ_POINTS = 8, 32_768  # 50 and 65,536, the defaults, take 9 minutes on two cores
 RECALL, NEAREST = 0.95, 10
-DEPTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # efSearch, nprobe
+MARGIN = 0.01  # other queries than those it is tuned on may find a little less
+DEEPEST = 4096  # efSearch, nprobe
+MOST_LISTS = 64  # a list costs 9 microseconds: where more must be searched, HNSW is faster
 # Candidates by codes are re-scored: so many for each that is wanted (tuned, too), and at least so many. Codes of a few
 # bytes rank well among hundreds and badly among ten: Deep1B's R@1 is .23 where R@100 is .77.
 RESCORED, FEWEST_RESCORED = (4, 16, 64), 64
 STAGNATES = 0.002  # recall that another doubling of the depth must give
-RESCORE_BATCH = 64  # queries whose candidates are gathered at a time: 8 MB of float32 at 512 numbers
 TUNING_QUERIES = 512
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """kind: flat, hnsw or ivfpq; factory: its name in faiss; depth: efSearch or nprobe (0: not tuned yet)."""
+    """kind: flat, rabitq, hnsw or ivfpq; factory: its name in faiss; depth: efSearch or nprobe (0: not tuned yet)."""
 
     kind: str
     num_vectors: int
@@ -52,7 +54,9 @@ class IndexPlan:
     """Estimated memory while it is searched, the stored vectors themselves (memory-mapped) left out."""
     depth: int = 0
     rescored: int = RESCORED[0]
-    """ivfpq: candidates by codes that are scored exactly, for each that is wanted."""
+    """rabitq, ivfpq: candidates by codes that are scored exactly, for each that is wanted."""
+    or_hnsw: bool = False
+    """rabitq: HNSW fits as well, and is built instead where tuning finds that more than MOST_LISTS must be searched."""
 
 
 def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPlan:
@@ -60,19 +64,27 @@ def plan_index(n: int, d: int, memory_bytes: int, kind: str = "auto") -> IndexPl
 
     Raises UserError where no kind, or not the one that is asked for, fits.
     """
+    clusters = num_clusters(n)
+    lists, code_bytes = clusters // 2, -(-d // 8) + FACTOR_BYTES  # a list costs more than what is in it
+    list_bytes = 4 * d + 8 * HNSW_LINKS + LIST_BLOCK // 2 * code_bytes
+    rabitq_bytes = n * (code_bytes + ID_BYTES) + lists * list_bytes + 4 * d * d
     hnsw_bytes = n * (2 * d + 8 * HNSW_LINKS)
+    or_hnsw = kind == "auto" and hnsw_bytes <= memory_bytes
     if kind == "auto":
-        kind = "flat" if n < MOST_EXACT else "hnsw" if hnsw_bytes <= memory_bytes else "ivfpq"
+        kind = "flat" if n < MOST_EXACT else "rabitq" if rabitq_bytes <= memory_bytes else "ivfpq"
     if kind == "flat":
         return IndexPlan(kind, n, d, "Flat", BLOCK * d * 4)
-    if kind == "hnsw":
-        if hnsw_bytes > memory_bytes:
+    if kind in ("rabitq", "hnsw"):
+        num_bytes = rabitq_bytes if kind == "rabitq" else hnsw_bytes
+        if num_bytes > memory_bytes:
             raise UserError(
-                f"an HNSW index of {n:,} vectors takes {hnsw_bytes / 2**30:.1f} GiB, and retrieval.index_memory="
-                f"{memory_bytes / 2**30:g} allows less; raise it or set retrieval.index=ivfpq"
+                f"an index of {n:,} vectors of kind {kind} takes {num_bytes / 2**30:.1f} GiB, and "
+                f"retrieval.index_memory={memory_bytes / 2**30:g} allows less; raise it or set retrieval.index=ivfpq"
             )
-        return IndexPlan(kind, n, d, f"HNSW{HNSW_LINKS},SQfp16", hnsw_bytes)
-    clusters = num_clusters(n)
+        # The rotation spreads what tells vectors apart over all bits.
+        quantizer = f"_HNSW{HNSW_LINKS}" if lists > MOST_EXACT_LISTS else ""
+        factory = f"RR{d},IVF{lists}{quantizer},RaBitQfs" if kind == "rabitq" else f"HNSW{HNSW_LINKS},SQfp16"
+        return IndexPlan(kind, n, d, factory, num_bytes, or_hnsw=or_hnsw)
     for m in CODE_BYTES:
         y = d // m * m
         num_bytes = n * (m + ID_BYTES) + clusters * (4 * y + 8 * HNSW_LINKS)
@@ -109,18 +121,22 @@ def build_index(
             raise UserError(f"vector {start + bad[0]} of the memory is not finite; build the neighbours again")
     facts: dict[str, Any] = {"plan": asdict(plan)}
     if plan.kind != "flat":
-        index = _hnsw(vectors, plan) if plan.kind == "hnsw" else _ivfpq(vectors, plan, folder, seed)
-        faiss.write_index(index, str(folder / INDEX))
-        with open(folder / INDEX, "rb+") as file:
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if queries is None or not len(queries):
             rows = random_stream("tuning queries", seed).choice(len(vectors), min(len(vectors), TUNING_QUERIES), False)
             queries = vectors[np.sort(rows)].astype(np.float32)
         if len(queries) > TUNING_QUERIES:
             queries = queries[:: -(-len(queries) // TUNING_QUERIES)]
-        plan, recall = _tuned(plan, index, vectors, queries)
+        index = _hnsw(vectors, plan) if plan.kind == "hnsw" else _inverted_lists(vectors, plan, folder, seed)
+        plan, recall = _tuned(plan, _rescored(index, vectors), vectors, queries)
+        if plan.or_hnsw and plan.depth > MOST_LISTS:
+            hnsw = plan_index(plan.num_vectors, plan.dimension, sys.maxsize, "hnsw")
+            index = _hnsw(vectors, hnsw)
+            plan, recall = _tuned(hnsw, _rescored(index, vectors), vectors, queries)
+        faiss.write_index(index, str(folder / INDEX))
+        with open(folder / INDEX, "rb+") as file:
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = (folder / INDEX).stat().st_size
         facts = {"plan": asdict(plan), "recall_at_10": recall, "bytes": num_bytes, "sha256": digest}
     write_text_atomic(folder / FACTS, json.dumps(facts, indent=1) + "\n")
@@ -160,7 +176,7 @@ class Index:
                 with open(path, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                         raise UserError(f"{path} has changed since it was built; build the neighbours again")
-            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            self._index = _rescored(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), vectors)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k' = min(k, n) nearest vectors of each query by inner product, best first.
@@ -172,7 +188,7 @@ class Index:
         k = min(k, len(self._vectors))
         if self._index is None:
             return exact_search(self._vectors, queries, k)
-        return _rescored_search(self._index, self.plan, self._vectors, queries, k)
+        return _search(self._index, self.plan, queries, k)
 
 
 def exact_search(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,29 +205,31 @@ def exact_search(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.n
     return best
 
 
-def _rescored_search(
-    index: Any, plan: IndexPlan, vectors: np.ndarray, queries: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _rescored(index: Any, vectors: np.ndarray) -> Any:
+    """The index with the stored vectors behind it, which score its candidates exactly and are not copied."""
+    data = np.ascontiguousarray(vectors).reshape(-1).view(np.uint8)
+    stored: Any = faiss.IndexScalarQuantizer(
+        vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
+    codes: Any = faiss.MaybeOwnedVectorUInt8
+    stored.codes = codes.create_view(faiss.swig_ptr(data), data.nbytes, stored.codes.owner)
+    stored.referenced_objects = [data]
+    stored.ntotal, stored.is_trained = len(vectors), True
+    return faiss.IndexRefine(index, stored)
+
+
+def _search(index: Any, plan: IndexPlan, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = k
     if plan.kind == "hnsw":  # ranks by the same float16 vectors
         parameters = _parameters("SearchParametersHNSW", efSearch=max(plan.depth, k))
     else:
-        wanted = min(len(vectors), max(plan.rescored * k, FEWEST_RESCORED))
+        wanted = min(plan.num_vectors, max(plan.rescored * k, FEWEST_RESCORED))
         lists = _parameters("SearchParametersIVF", nprobe=plan.depth)
         parameters = _parameters("SearchParametersPreTransform", index_params=lists)
-    _, numbers = index.search(queries, wanted, params=parameters)
-    scores = np.empty(numbers.shape, np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that the mapped file must not be written to
-        stored = torch.from_numpy(vectors)
-    for start in range(0, len(queries), RESCORE_BATCH):
-        rows = slice(start, start + RESCORE_BATCH)
-        picked = torch.from_numpy(numbers[rows].clip(min=0))
-        gathered = stored.index_select(0, picked.ravel()).view(*picked.shape, -1).float()
-        scores[rows] = torch.bmm(gathered, torch.from_numpy(queries[rows, :, None])).squeeze(2).numpy()
+    refined = _parameters("IndexRefineSearchParameters", k_factor=wanted / k, base_index_params=parameters)
+    scores, numbers = index.search(queries, k, params=refined)
     scores[numbers < 0] = -np.inf
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
+    return scores, numbers
 
 
 def _parameters(name: str, **values: Any) -> Any:
@@ -220,22 +238,30 @@ def _parameters(name: str, **values: Any) -> Any:
 
 
 def _tuned(plan: IndexPlan, index: Any, vectors: np.ndarray, queries: np.ndarray) -> tuple[IndexPlan, float]:
-    """The plan with the least depth that finds enough of the nearest, and the share that it finds."""
+    """The plan with the least depth, to an eighth, that finds enough of the nearest, and the share that it finds."""
+    queries = np.ascontiguousarray(queries, np.float32)
     k = min(NEAREST, len(vectors))
-    _, expected = exact_search(vectors, np.ascontiguousarray(queries, np.float32), k)
-    recall = 0.0
-    for rescored in RESCORED if plan.kind == "ivfpq" else RESCORED[:1]:
-        before = 0.0
-        for depth in DEPTHS:
-            plan = replace(plan, depth=depth, rescored=rescored)
-            _, found = _rescored_search(index, plan, vectors, queries, k)
-            recall = float(np.mean([np.isin(row, of).mean() for row, of in zip(expected, found, strict=True)]))
-            if recall >= RECALL:
-                return plan, recall
-            if plan.kind == "ivfpq" and recall - before < STAGNATES:
+    _, expected = exact_search(vectors, queries, k)
+
+    def recall(plan: IndexPlan) -> float:
+        _, found = _search(index, plan, queries, k)
+        return float(np.mean([np.isin(row, of).mean() for row, of in zip(expected, found, strict=True)]))
+
+    for rescored in RESCORED[:1] if plan.kind == "hnsw" else RESCORED:
+        low, high, before = 0, 16 if plan.kind == "hnsw" else 1, 0.0
+        while (share := recall(plan := replace(plan, depth=high, rescored=rescored))) < RECALL + MARGIN:
+            if high >= DEEPEST or (plan.kind != "hnsw" and share - before < STAGNATES):
                 break
-            before = recall
-    return plan, recall
+            low, high, before = high, 2 * high, share
+        else:
+            while high - low > max(1, high // 8):
+                middle = replace(plan, depth=(low + high) // 2)
+                if (at_middle := recall(middle)) >= RECALL + MARGIN:
+                    plan, high, share = middle, middle.depth, at_middle
+                else:
+                    low = middle.depth
+            break
+    return plan, share
 
 
 def _hnsw(vectors: np.ndarray, plan: IndexPlan) -> Any:
@@ -247,7 +273,7 @@ def _hnsw(vectors: np.ndarray, plan: IndexPlan) -> Any:
     return index
 
 
-def _ivfpq(vectors: np.ndarray, plan: IndexPlan, folder: Path, seed: int) -> Any:
+def _inverted_lists(vectors: np.ndarray, plan: IndexPlan, folder: Path, seed: int) -> Any:
     """Trained on a sample; added in parts, each of which becomes a file; merged."""
     trained = folder / "part-trained.faiss"
     if not trained.exists():
@@ -255,9 +281,10 @@ def _ivfpq(vectors: np.ndarray, plan: IndexPlan, folder: Path, seed: int) -> Any
         ivf = faiss.extract_index_ivf(index)
         count = min(len(vectors), max(POINTS_PER_CLUSTER * ivf.nlist, 1 << 16))
         picked = np.sort(random_stream("index sample", seed).choice(len(vectors), count, replace=False))
-        ivf.cp.seed = seed % 2**31
-        rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
-        rotation.niter, rotation.max_train_points = OPQ_ITERATIONS, OPQ_POINTS
+        ivf.cp.seed, ivf.cp.niter = seed % 2**31, CLUSTER_ROUNDS
+        if plan.kind == "ivfpq":
+            rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+            rotation.niter, rotation.max_train_points = OPQ_ITERATIONS, OPQ_POINTS
         if faiss.get_num_gpus():
             ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
         index.train(vectors[picked].astype(np.float32))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -20,7 +21,7 @@ def clustered(count: int, seed: int) -> np.ndarray:
 
 
 VECTORS, QUERIES = clustered(N, 1), clustered(300, 2).astype(np.float32)
-BUDGET = {"flat": 2**30, "hnsw": 2**30, "ivfpq": 2**20}
+BUDGET = {"flat": 2**30, "rabitq": 2**30, "hnsw": 2**30, "ivfpq": 2**20}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,21 @@ def test_the_nearest_are_found_with_exact_scores(built, kind):
         facts = json.loads((built[kind] / "index.json").read_text())
         assert facts["recall_at_10"] >= 0.95 and facts["plan"]["depth"] > 0
         assert facts["bytes"] == (built[kind] / "index.faiss").stat().st_size
+        if kind == "hnsw":  # the others are mostly tables of their codes, small as they are
+            assert facts["bytes"] == pytest.approx(facts["plan"]["bytes"], rel=0.2)
+
+
+def test_a_search_looks_no_further_than_it_must(built):
+    index = Index(built["rabitq"], VECTORS)
+    depth = index.plan.depth
+    _, expected = exact_search(VECTORS, QUERIES[:100], 10)
+
+    def recall(depth: int) -> float:
+        index.plan = replace(index.plan, depth=depth)
+        _, found = index.search(QUERIES[:100], 10)
+        return np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)])
+
+    assert recall(depth - max(1, depth // 8)) < module.RECALL + module.MARGIN <= recall(depth)
 
 
 @pytest.mark.parametrize("kind", BUDGET)
@@ -53,6 +69,15 @@ def test_what_asks_for_more_than_there_is_gets_all_there_is(built, kind):
     scores, numbers = Index(built[kind], VECTORS).search(QUERIES[:3], 2 * N)
     assert scores.shape == numbers.shape == (3, N)
     assert (scores[numbers < 0] == -np.inf).all() and (numbers[:, 0] >= 0).all()
+
+
+def test_hnsw_takes_the_place_of_lists_of_which_too_many_must_be_searched(tmp_path, monkeypatch):
+    assert plan_index(100_000, 512, 2**30).or_hnsw and not plan_index(100_000, 512, 2**26).or_hnsw
+    plan = replace(plan_index(N, D, 2**30, "rabitq"), or_hnsw=True)
+    for most, kind in ((N, "rabitq"), (0, "hnsw")):
+        monkeypatch.setattr(module, "MOST_LISTS", most)
+        build_index(VECTORS, plan, tmp_path, 0, QUERIES[:100])
+        assert Index(tmp_path, VECTORS, verify=True).plan.kind == kind
 
 
 def test_exact_search_over_blocks_is_that_over_all_at_once(monkeypatch):
@@ -67,9 +92,9 @@ def test_exact_search_over_blocks_is_that_over_all_at_once(monkeypatch):
 def test_the_kind_follows_size_and_memory():
     gib = 2**30
     assert plan_index(99_999, 512, gib).kind == "flat"
-    assert plan_index(100_000, 512, gib).kind == "hnsw"
-    large = plan_index(340_000_000, 512, 32 * gib)
-    assert large.kind == "ivfpq" and large.factory == "OPQ64_512,IVF131072_HNSW32,PQ64x8" and large.bytes <= 32 * gib
+    assert plan_index(100_000, 512, gib).kind == "rabitq"
+    large = plan_index(340_000_000, 512, 24 * gib)
+    assert large.kind == "ivfpq" and large.factory == "OPQ64_512,IVF131072_HNSW32,PQ64x8" and large.bytes <= 24 * gib
     assert plan_index(340_000_000, 512, 16 * gib).factory.endswith("PQ32x8")
     with pytest.raises(UserError, match=r"takes 5.* GiB at the least, and retrieval.index_memory=1 "):
         plan_index(340_000_000, 512, gib)
@@ -77,9 +102,10 @@ def test_the_kind_follows_size_and_memory():
         plan_index(340_000_000, 512, gib, "hnsw")
 
 
-def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["rabitq", "ivfpq"])
+def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(module, "PART", 1500)
-    plan, write = plan_index(N, D, BUDGET["ivfpq"], "ivfpq"), module._write_part
+    plan, write = plan_index(N, D, BUDGET[kind], kind), module._write_part
     written: list[str] = []
 
     def dies(index, path: Path) -> None:
@@ -94,9 +120,9 @@ def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatc
     build_index(VECTORS, plan, tmp_path, 0, QUERIES[:100])
     names = [f"part-{name}.faiss" for name in ("trained", "0000", "0001", "0001", "0002")]
     assert written == names and not list(tmp_path.glob("part-*"))
-    whole, parts = (faiss.read_index(str(folder / "index.faiss")) for folder in (built["ivfpq"], tmp_path))
+    whole, parts = (faiss.read_index(str(folder / "index.faiss")) for folder in (built[kind], tmp_path))
     assert whole.ntotal == parts.ntotal == N
-    straight, resumed = (Index(folder, VECTORS).search(QUERIES, 10)[1] for folder in (built["ivfpq"], tmp_path))
+    straight, resumed = (Index(folder, VECTORS).search(QUERIES, 10)[1] for folder in (built[kind], tmp_path))
     assert np.array_equal(straight, resumed)
 
 
