@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 FILES = ("tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors")
 RANK_KILLED_AT = CHECKPOINT_EVERY + 5
 GROUP_KILLED_AT = 2 * CHECKPOINT_EVERY + 5
-MEASURED = re.compile(r"time|seconds/.*|.*seconds|tokens_per_second|mfu_.*|hfu")
+MEASURED = re.compile(r"time|ranks/.*|seconds/.*|.*seconds|tokens_per_second|mfu_.*|hfu")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
