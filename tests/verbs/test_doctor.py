@@ -161,7 +161,7 @@ def test_time_is_limited_and_nothing_is_left_running(config, monkeypatch):
     config.engine.ranks = 2
     monkeypatch.setattr(doctor_network, "WHOLE_SECONDS", 0.3)
     ((status, detail),) = findings(doctor_network.check_all_reduce, config)
-    assert status == "fail" and "ranks 0, 1 did not start within 0 s (from: none)" in detail
+    assert status == "fail" and "within 0 s" in detail
     here = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not any(doctor_network.SUM.encode() in line and os.fsencode(config.root) in line for line in here)
 
