@@ -79,7 +79,7 @@ def test_it_is_listed_shown_and_found_well(here: Smoke, capsys) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["settings"]["changed"]) == {"train.steps", "train.checkpoint_every"}
     assert facts["ledger"]["train_text"] > 0 and facts["goodput"]["ratio"] > 0 and len(facts["checkpoints"]) == 2
-    assert len(facts["wandb"]["not_uploaded"]) == 1
+    assert facts["wandb"]["segments"] == 1 and facts["wandb"]["is_waiting"]
     assert cli.main(["runs", "watch"]) == 0
     assert capsys.readouterr().out.endswith(f"smoke finished at step {STEPS} of {STEPS}\n")
     config = load_frozen(here.run / "config.yaml")
