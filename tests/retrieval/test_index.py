@@ -102,8 +102,8 @@ def test_the_kind_follows_size_and_memory():
         plan_index(340_000_000, 512, gib, "hnsw")
 
 
-@pytest.mark.parametrize("kind", ["rabitq", "ivfpq"])
-def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch, kind):
+def test_an_interrupted_build_goes_on_with_its_parts(built, tmp_path, monkeypatch):
+    kind = "rabitq"  # ivfpq goes the same way, and trains for long
     monkeypatch.setattr(module, "PART", 1500)
     plan, write = plan_index(N, D, BUDGET[kind], kind), module._write_part
     written: list[str] = []
