@@ -93,6 +93,7 @@ def draw_differences(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
         axis.invert_yaxis()
         axis.grid(axis="x", color="#eaedf0")
         axis.set_axisbelow(True)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"difference from {baseline}, 95 % interval")
         axis.legend(frameon=False, fontsize=9)
