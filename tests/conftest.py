@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         package = item.path.parent.name
         group = package if package in ("e2e", "verbs", "diffusion") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+        if package == "e2e":  # real runs, one after the other
+            item.add_marker(pytest.mark.timeout(600))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
