@@ -310,7 +310,7 @@ def test_no_memory(template: Path, table: Table) -> None:
     run = copy_run(template, "no-memory")
     with started(run, hook=breaking.at(13, 0, breaking.no_memory)) as group:
         assert 2 in end_together(group)
-    assert "memory" in group.output() and "engine." in group.output()
+    assert "out of memory when it asked for 800000000 bytes" in group.output() and "per rank" in group.output()
     table("out of memory in a step", "one sentence: what needs it, what to change; exit code 2", "so")
 
 
