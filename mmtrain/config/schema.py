@@ -406,6 +406,7 @@ class SweepConfig:
     parallel: int = knob(1, "Jobs side by side (0: as many as the GPUs, or cores, of this machine carry).", minimum=0)
     evaluate: list[str] = knob([], "Tasks of `mmtrain evaluate` to measure each run on after its training, such as [shapes,loss].")
     retry_failed: bool = knob(False, "Start failed jobs again, too; without it they are left alone.")
+    job: int | None = knob(None, "Number of the one job of a grid to run or prepare, from 0, where something else starts the jobs, such as a Slurm array.")
     space: dict[str, Any] = knob({}, "What a search varies: settings with a list of values, or with a range such as {low:1e-4,high:1e-1,log:true} or {low:2,high:6,step:2}; set in files. What the command line says of a setting takes it out.")
     sampler: str = knob("tpe", "How a search chooses: tpe = tree-structured Parzen estimator (Bergstra et al. 2011), random, or grid = every point of the space, once.", choices=("tpe", "random", "grid"))
     trials: int = knob(20, "Trials of a search over all its workers, pruned and failed ones included (grid: all points).", minimum=1)

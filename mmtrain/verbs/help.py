@@ -143,7 +143,8 @@ prepare   stops before training; its last line is the run directory, for torchru
 
 -m, --multirun   a run for each combination of values (a,b  range(0,4)  glob(llama*)), and of sweep.grid and
           sweep.cases of the experiment, in root/name: all are checked first; one that fails stops no other; the
-          same command runs only what is missing. sweep.parallel runs side by side, sweep.evaluate measures.
+          same command runs only what is missing. sweep.parallel runs side by side, sweep.evaluate measures;
+          sweep.job=N chooses one job (sbatch --array=0-3 launch/slurm.sbatch -m ...).
 train.flops=N    a budget in FLOPs in place of train.steps.
 
 Example: minutes on a laptop, on real captioned pictures

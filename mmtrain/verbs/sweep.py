@@ -22,7 +22,7 @@ from rich.table import Table
 from mmtrain.config import Config, UserError, write_text_atomic
 from mmtrain.config.compose import with_overrides
 from mmtrain.config.search import with_name
-from mmtrain.config.sweep import Job, Sweep, expand
+from mmtrain.config.sweep import Job, Sweep, expand, read_key
 from mmtrain.flops import Ledger
 from mmtrain.track import closing_box, read_metrics, redact
 from mmtrain.track.console import duration
@@ -59,6 +59,17 @@ def grid(argv: list[str]) -> int:
         was_stopped = run_jobs(sweep, entries, places, command)
     print_table(sweep.settings.name, entries)
     return conclude(sweep.folder, entries, was_stopped)
+
+
+def one_job(argv: list[str]) -> Job | None:
+    """The job of a grid that sweep.job chooses, None without it; raises UserError when the grid has no such job."""
+    if not any(read_key(word) == "sweep.job" for word in argv):
+        return None
+    sweep = expand(argv)
+    number, last = sweep.settings.sweep.job, len(sweep.jobs) - 1
+    if number is not None and not 0 <= number <= last:
+        raise UserError(f"sweep.job={number} is not in this grid of {last + 1} jobs; give a number from 0 to {last}")
+    return None if number is None else sweep.jobs[number]
 
 
 def places_of(jobs: tuple[Job, ...], parallel: int) -> list[dict[str, str]]:

@@ -30,9 +30,13 @@ def main(argv: list[str]) -> int:
 
     prepare_only = argv[:1] == [PREPARE]
     if set(MANY) & set(argv):
-        if prepare_only:
-            raise UserError("`mmtrain train prepare` prepares one run; leave out -m, or leave out prepare")
-        return sweep.grid([word for word in argv if word not in MANY])
+        words = [word for word in argv[prepare_only:] if word not in MANY]
+        job = sweep.one_job(words)
+        if job is None and prepare_only:
+            raise UserError("`mmtrain train prepare` prepares one run; choose it by sweep.job=NUMBER, or leave out -m")
+        if job is None:
+            return sweep.grid(words)
+        argv = [*argv[:prepare_only], *job.overrides]
     config = replace(compose(argv[prepare_only:]), sweep=SweepConfig())
     if not prepare_only:  # else somebody else decides how many ranks there are
         check_batch(config, num_ranks(config))

@@ -1,4 +1,5 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes: saved on a signal, queued again, killed, ends as if nothing was."""
+"""launch/slurm.sbatch on a real Slurm of two nodes: saved on a signal, queued again, killed, ends as if nothing was;
+and a grid as an array."""
 
 import shutil
 import sys
@@ -83,3 +84,24 @@ def test_a_job_that_is_saved_and_queued_again_and_then_loses_a_node_ends_as_if_n
     assert "step 1/" in said and "stopped and saved: queueing" in said and said.count("resuming at step") >= 2
     table("Slurm: USR1 before the time limit", "saved, queued again, goes on; bit-equal at the end", "so", lost=0)
     table("Slurm: crash of one node of two", "queued again by Slurm, goes on; bit-equal at the end", "so")
+
+
+def test_an_array_has_a_task_for_each_job_of_a_grid(slurm: Slurm, box: Box, checkout: Path) -> None:
+    """Tasks 0 and 1 train side by side, a node each; 2 is a mistake, which stops no other."""
+    log = checkout / "array-%a.log"
+    words = (*WITHOUT_GPUS, "--nodes=1", "--array=0-2", f"--output={log}", "launch/slurm.sbatch")
+    grid = ("-m", "experiment=smoke", "train.steps=4", "seed=1,2", "name=array")
+    job = slurm.submit(checkout, *words, *grid, PYTHONPATH=str(ROOT), WANDB_MODE="offline")
+    states: dict[str, str] = {}
+
+    def ended() -> bool:
+        lines = slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--array", "--format=%K %T").splitlines()
+        states.update(line.split() for line in lines)
+        return len(states) == 3 and set(states.values()) <= {"COMPLETED", "FAILED"}
+
+    wait_for(ended, "all tasks ended", every=0.2)
+    assert states == {"0": "COMPLETED", "1": "COMPLETED", "2": "FAILED"}
+    assert "sweep.job=2 is not in this grid of 2 jobs" in (checkout / "array-2.log").read_text()
+    for seed in (1, 2):
+        run = checkout / "runs" / "array" / f"seed={seed}"
+        assert step_of(run) == 4 and f"seed: {seed}" in (run / "config.yaml").read_text()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mmtrain import cli
+from mmtrain.config import UserError
 from mmtrain.config import sweep as sweep_of_words
 from mmtrain.verbs import sweep, sweep_job
 
@@ -153,3 +154,16 @@ def test_jobs_share_out_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places(2, 1, 3) == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert places(2, 0, 0) == ["5", "7"]
+
+
+def test_one_job_of_a_grid_by_its_number(folder: Path) -> None:
+    assert sweep.one_job(WORDS[2:]) is None
+    chosen = sweep.one_job([*WORDS[2:], "sweep.job=1"])
+    assert chosen is not None and chosen.name == "seed=2" and "seed=2" in chosen.overrides
+    assert not any(word.startswith("sweep") for word in chosen.overrides)
+    with pytest.raises(UserError, match="from 0 to 1"):
+        sweep.one_job([*WORDS[2:], "sweep.job=2"])
+
+
+def test_a_grid_is_not_prepared_as_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "prepare", *WORDS[1:]]) == 2 and "sweep.job=NUMBER" in capsys.readouterr().err
