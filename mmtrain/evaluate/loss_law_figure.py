@@ -49,6 +49,8 @@ def scaling_figure(
         label = "predicted without\nthe largest budget"
         sizes_panel.plot(x, [value for _, value in predicted], "x", color="crimson", markersize=8, label=label)
     sizes_panel.set(xscale="log", xlabel="parameters N", ylabel=f"{loss} (nats per token)", title="Loss by budget")
+    sizes_panel.set_xticks(sizes, [_short(size) for size in sizes])
+    sizes_panel.tick_params(axis="x", which="minor", labelbottom=False)
     sizes_panel.legend(title="FLOPs", fontsize=8, frameon=False)
 
     replicates = np.array([one.optimal(along)[0] for one in fit.replicates])
