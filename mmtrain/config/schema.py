@@ -413,7 +413,7 @@ class SweepConfig:
     metric: str = knob("val_loss", "What a search makes small: the last validation loss of a trial.", choices=("val_loss", "val_loss_text", "val_loss_image"))
     pruner: str = knob("halving", "How bad trials are ended early, on their validation losses: halving = asynchronous successive halving (Li et al. 2020), hyperband, or none.", choices=("halving", "hyperband", "none"))
     first_rung: float = knob(0.1, "Share of its steps after which a trial is compared with the others for the first time.", minimum=0.01, maximum=1.0)
-    reduction: int = knob(3, "At a rung one trial of so many goes on; the next rung is so many times later.", minimum=2)
+    reduction: int = knob(4, "At a rung one trial of so many goes on; the next rung is so many times later.", minimum=2)
     storage: str | None = knob(None, "Where optuna keeps the study: a URL such as postgresql://HOST/NAME or mysql+pymysql://HOST/NAME, for workers on several machines (default: sqlite, study.db in the folder of the search).")
 
 

@@ -193,4 +193,5 @@ def written(value: Any) -> str:
         return "{" + ",".join(f"{written(name)}:{written(item)}" for name, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(written, value)) + "]"
-    return str(value)
+    short = f"{value:g}" if isinstance(value, float) else ""
+    return short if "e" in short and float(short) == value else str(value)  # 4.5e+11, not 450000000000.0

@@ -35,7 +35,7 @@ from mmtrain.verbs.sweep import SWEEP, check_ranks, places_of
 from mmtrain.verbs.sweep_job import FAILED, Entry, Running, start
 
 OWNER = ".search.lock"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
 MOST_FAILURES = 3
 """The search ends when so many trials have failed and none has come to a loss."""
 
