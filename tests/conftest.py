@@ -13,14 +13,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device; one process for tests that share costly runs."""
+    """Skip tests marked `gpu` where there is no CUDA device."""
     for item in items:
-        package = item.path.parent.name
-        group = package if package in ("e2e", "verbs", "diffusion") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if package == "e2e":  # real runs, one after the other
+        if item.path.parent.name == "e2e":  # real runs, one after the other
             item.add_marker(pytest.mark.timeout(600))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
