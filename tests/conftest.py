@@ -29,11 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The developer's keys and settings must not change what a test sees, nor may a test reach W&B."""
     for name in ("WANDB_API_KEY", "MMTRAIN_CONFIG_DIR", "MMTRAIN_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    yield
+    os.environ.pop("MMTRAIN_CONFIG_DIR", None)  # of an `mmtrain --config-dir` in this process
 
 
 @pytest.fixture
