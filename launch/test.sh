@@ -32,7 +32,8 @@ check "types" mypy
 check "import contracts" lint-imports
 selection=()
 [ -z "${MMTRAIN_CI:-}" ] || selection=(-m "") # also what breaks runs on purpose, and several hosts: minutes more
-check "tests" python -m pytest -n logical --maxprocesses 8 --dist loadfile "${selection[@]}" "$@" # -n 0: one by one
+parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder) # -n 0 after the name: one by one
+check "tests" python -m pytest "${parallel[@]}" "${selection[@]}" "$@"
 
 echo
 echo "mmtrain: $([ $failed = 0 ] && echo "everything passed" || echo "something failed") in $((SECONDS - started)) s"
