@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     for item in items:
-        if item.path.parent.name == "e2e":  # real runs, one after the other
+        if item.path.parent.name == "e2e":  # real runs, which wait for each other on a busy machine
             item.add_marker(pytest.mark.timeout(600))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
