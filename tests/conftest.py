@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def cannot(reason: str) -> NoReturn:
+    """Skip for what this machine lacks; in the CI (MMTRAIN_CI=1), which must have it, fail."""
+    if os.environ.get("MMTRAIN_CI") == "1":
+        pytest.fail(f"the CI must be able to run this: {reason}")
+    pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The developer's keys and settings must not change what a test sees, nor may a test reach W&B."""
@@ -44,9 +51,7 @@ def need_command() -> Callable[[str], None]:
 
     def need(name: str) -> None:
         if shutil.which(name) is None:
-            if os.environ.get("MMTRAIN_CI") == "1":
-                pytest.fail(f"the CI must have {name}")
-            pytest.skip(f"{name} is not installed here")
+            cannot(f"{name} is not installed here")
 
     return need
 

@@ -40,9 +40,10 @@ POLL_SECONDS = 0.2
 
 def main(argv: list[str]) -> int:
     """`mmtrain sweep`: a search; with `wandb` or `ladder` as the first word that."""
+    from mmtrain.verbs import search, sweep_wandb, train  # noqa: PLC0415 - they need this module
+
     if argv[:1] == ["ladder"]:
-        return grid(with_name(argv[1:], "ladder"))
-    from mmtrain.verbs import search, sweep_wandb  # noqa: PLC0415 - they need this module
+        return train.main(["-m", *with_name(argv[1:], "ladder")])
 
     return sweep_wandb.main(argv[1:]) if argv[:1] == ["wandb"] else search.main(argv)
 

@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
         if job is None:
             return sweep.grid(words)
         argv = [*argv[:prepare_only], *job.overrides]
-    config = replace(compose(argv[prepare_only:]), sweep=SweepConfig())
+    config = compose(argv[prepare_only:])
+    if config.sweep.job is not None:
+        raise UserError("sweep.job (set by a Slurm array) chooses a job of a grid; add -m and axes, or leave it out")
+    config = replace(config, sweep=SweepConfig())
     if not prepare_only:  # else somebody else decides how many ranks there are
         check_batch(config, num_ranks(config))
     run_dir = Path(config.root) / config.name

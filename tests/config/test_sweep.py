@@ -85,6 +85,7 @@ def test_names_fit_a_file_and_differ() -> None:
     names = [*chosen("notes='a b','a,b','" + "x" * 300 + "'", "seed=1")]
     assert len(set(names)) == 3 and all(len(name) < 130 and not set(name) & set("/ '\"") for name in names)
     assert names[0].startswith("notes=a-b-")
+    assert [*chosen("train.flops=450000000000.0,0.5,5e10", "seed=1")] == ["flops=4.5e+11", "flops=0.5", "flops=5e+10"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import mmtrain
 from mmtrain.config.randomness import random_stream
 from mmtrain.track import goodput
 from mmtrain.train.status import read_status
+from tests.conftest import cannot
 from tests.faults import breaking
 from tests.faults.conftest import INTERVAL, STEPS
 from tests.faults.ranks import (
@@ -282,7 +283,7 @@ def test_hang(template: Path, straight: Straight, table: Table) -> None:
 def test_disk_full(template: Path, straight: Straight, table: Table) -> None:
     """A file system of its own for the checkpoints, full from step 8 to step 16."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
+        cannot("mounting a small file system needs root")
     run = copy_run(template, "full-disk")
     (run / "checkpoints").mkdir()
     size = sum(file.stat().st_size for file in straight().glob("checkpoints/*/*"))

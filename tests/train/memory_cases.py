@@ -82,8 +82,9 @@ def main(out: Path, layers: int = 6, width: int = 256) -> None:
     world = start_world()
     memory: dict[str, list[int]] = {}
     sums: dict[str, list[int]] = {}
+    shape = {"fp32": (4, 256), "bf16": (2, 128)}  # bf16 is slow where the processor emulates it
     for stage, dtype in STAGES * TIMES:
-        rows, length = (4, 256) if dtype == "fp32" else (2, 128)  # bf16 is slow where the processor emulates it
+        rows, length = shape[dtype]
         config = configure(stage, dtype, rows, length, world.size, layers=layers, width=width)
         expected = estimate(config, VOCABULARY, length, world.size, stage, device="cpu").device_total
         name, peak = f"{stage} {dtype}", measured(config, world)
@@ -91,14 +92,14 @@ def main(out: Path, layers: int = 6, width: int = 256) -> None:
         sums[name] = [sent(world.size), traffic(config, VOCABULARY, length, world.size, stage).total]
     # As a model of billions of parameters would: a part of it is still there on the way back.
     for checkpointing in (False, True):
-        config = configure(
-            3, "bf16", 2, 128, world.size, layers=layers, width=width, activation_checkpointing=checkpointing
-        )
-        within = count_parameters(config.model, VOCABULARY, 128) // 4
+        sizes = {"layers": layers, "width": width, "activation_checkpointing": checkpointing}
+        config = configure(3, "bf16", *shape["bf16"], world.size, **sizes)
+        length = shape["bf16"][1]
+        within = count_parameters(config.model, VOCABULARY, length) // 4
         with reusing_within(within):
             train(config, world, before_last=BYTES.clear)
         name = "3 bf16, large" + (", checkpointing" if checkpointing else "")
-        sums[name] = [sent(world.size), traffic(config, VOCABULARY, 128, world.size, 3, within).total]
+        sums[name] = [sent(world.size), traffic(config, VOCABULARY, length, world.size, 3, within).total]
     if world.rank == 0:
         out.write_text(json.dumps({"memory": memory, "sent": sums}))
     # Threads of the group that live on while Python ends may abort the process.

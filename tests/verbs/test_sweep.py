@@ -167,3 +167,9 @@ def test_one_job_of_a_grid_by_its_number(folder: Path) -> None:
 
 def test_a_grid_is_not_prepared_as_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "prepare", *WORDS[1:]]) == 2 and "sweep.job=NUMBER" in capsys.readouterr().err
+    assert cli.main(["train", "experiment=smoke", "sweep.job=0"]) == 2 and "add -m and axes" in capsys.readouterr().err
+
+
+def test_a_job_of_a_ladder_is_chosen_as_of_any_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=shapes_tiny", "train.flops=1e10,2e10", "sweep.job=99", "name=some"]
+    assert cli.main(["sweep", "ladder", *words]) == 2 and "grid of 10 jobs" in capsys.readouterr().err
